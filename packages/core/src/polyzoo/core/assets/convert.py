@@ -132,14 +132,24 @@ def _clone(tensor: Tensor) -> Tensor:
 
 
 def _gguf(members: Mapping[str, Path], folder: Path) -> None:
+    from polyzoo.core.weights import FILE_NAME, write_weights
+
     import_extra("gguf", install="polyzoo-core[gguf]")
     transformers = import_extra("transformers", install="polyzoo-core[gguf]")
     path = members["model.gguf"]
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     model = transformers.AutoModelForCausalLM.from_pretrained(**source)
-    model.save_pretrained(folder)
+    tensors, config = model.state_dict(), model.config
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # the embedding, once more
+    # The weights are plain floats by now; transformers would refuse to save them as quantised ones.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_weights(folder / FILE_NAME, tensors)
 
 
 _CONVERTERS: dict[str, Callable[[Mapping[str, Path], Path], None]] = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from polyzoo.core.assets.table import Asset
 from polyzoo.core.errors import AssetError, MissingExtraError
 from polyzoo.core.lazy import import_extra
+from polyzoo.core.log import is_quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +138,8 @@ def _gguf(members: Mapping[str, Path], folder: Path) -> None:
     import_extra("gguf", install="polyzoo-core[gguf]")
     transformers = import_extra("transformers", install="polyzoo-core[gguf]")
     path = members["model.gguf"]
+    if is_quiet():
+        transformers.utils.logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     model = transformers.AutoModelForCausalLM.from_pretrained(**source)

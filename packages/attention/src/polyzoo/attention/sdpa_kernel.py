@@ -56,7 +56,7 @@ def scaled_dot_product(
             )
             shape = q.shape[:3]
             return out.reshape(*shape, v.shape[3]), None if lse is None else lse.reshape(shape)
-    if q.dtype == torch.float16 and q.device.type == "cpu":
+    if q.device.type == "cpu" and _widens(q, k, v):
         return _half_on_cpu(q, k, v, attn_mask, is_causal, scale, want_lse)
     if grouped and q.is_cuda and (attn_mask is not None or q.dtype == torch.float32):
         # No fused kernel takes grouped heads here; the fallback would hold the n x m scores.
@@ -85,6 +85,21 @@ def scaled_dot_product(
         if lse is not None:
             lse = lse.masked_fill(~alive.squeeze(-1), -torch.inf)
     return out, lse
+
+
+def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _widens(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether a CPU computes this better in fp32.
+
+    fp16 always: CPUs without fp16 arithmetic convert one number at a time. bf16 for training: torch's
+    backward is slower in bf16 than in fp32, and its errors are twice those of rounding the result.
+    """
+    if q.dtype == torch.bfloat16:
+        return _wants_grad(q, k, v)
+    return q.dtype == torch.float16
 
 
 def _pack_groups(
@@ -162,13 +177,12 @@ def _half_on_cpu(
     scale: float,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute fp16 in fp32: CPUs without fp16 arithmetic convert one number at a time otherwise."""
+    """Compute half precision in fp32."""
     m = k.shape[2]
-    if attn_mask is not None and attn_mask.dtype == torch.float16:
+    if attn_mask is not None and attn_mask.dtype == q.dtype:
         attn_mask = attn_mask.float()
-    grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     decoding = q.shape[2] <= GROUP_PACKING_QUERIES and m > _WIDEN_KEYS and attn_mask is None
-    if not decoding or grads or is_causal:
+    if not decoding or _wants_grad(q, k, v) or is_causal:
         out, lse = scaled_dot_product(
             q.float(),
             k.float(),
@@ -178,7 +192,7 @@ def _half_on_cpu(
             scale=scale,
             want_lse=want_lse,
         )
-        return out.to(torch.float16), lse
+        return out.to(q.dtype), lse
     # A long cache is widened piece by piece, so that the fp32 copy stays in the CPU's cache.
     parts = [
         scaled_dot_product(
@@ -193,4 +207,4 @@ def _half_on_cpu(
         for start in range(0, m, _WIDEN_KEYS)
     ]
     out, lse = merge_states([part[0] for part in parts], [part[1] for part in parts])  # pyright: ignore[reportArgumentType]
-    return out.to(torch.float16), lse if want_lse else None
+    return out.to(q.dtype), lse if want_lse else None

@@ -128,8 +128,10 @@ class DecomposedBias:
     """`(b, h, n, kw)`."""
 
     def dense(self) -> Tensor:
-        """Return the `(b, h, n, kh * kw)` bias; differentiable."""
-        return (self.rel_h.unsqueeze(-1) + self.rel_w.unsqueeze(-2)).flatten(-2)
+        """Return the `(b, h, n, kh * kw)` bias, in fp32 at least; differentiable."""
+        work = torch.promote_types(self.rel_h.dtype, torch.float32)
+        rows, columns = self.rel_h.to(work), self.rel_w.to(work)
+        return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
 
 
 class Call(NamedTuple):

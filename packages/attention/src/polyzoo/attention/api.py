@@ -127,6 +127,25 @@ def attention(
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):  # what runs in fp32 must stay so
+            return attention(  # pyright: ignore[reportCallIssue]
+                q,
+                k,
+                v,
+                causal=causal,
+                window=window,
+                kv_lens=kv_lens,
+                cu_seqlens=cu_seqlens,
+                mask=mask,
+                bias=bias,
+                scale=scale,
+                dropout=dropout,
+                generator=generator,
+                return_lse=return_lse,  # pyright: ignore[reportArgumentType]
+                precision=precision,
+                deterministic=deterministic,
+                backend=backend,
+            )
     features = _shape_features(q, k, v)
     dtype, device = q.dtype, q.device
     if k.dtype != dtype or v.dtype != dtype or dtype not in checks.FLOATS:

@@ -21,12 +21,12 @@ def band_mask(
     Returns:
         bool `(n, m)`, or `(b, 1, n, m)`.
     """
-    distance = keys - (queries.unsqueeze(-1) + delta)
+    at = queries.unsqueeze(-1) + delta  # compared as they are: a difference would be n x m int64
     if left < 0:
-        return distance <= right
+        return keys <= at + right
     if right < 0:
-        return distance >= -left
-    return (distance <= right) & (distance >= -left)
+        return keys >= at - left
+    return (keys <= at + right) & (keys >= at - left)
 
 
 def effective_band(n: int, m: int, left: int, right: int) -> tuple[int, int]:

@@ -191,14 +191,15 @@ def pad_packed(call: Call) -> tuple[Call, tuple[Tensor, Tensor]]:
     j = torch.arange(lengths.max_k, device=device)
     visible = length_mask(k_lens, lengths.max_k)
     if call.left >= 0 or call.right >= 0:
+        size = lengths.sequences * lengths.max_q * lengths.max_k
+        if size > MATRIX_LIMIT:
+            raise matrix_error(
+                "cu_seqlens with causal or window, on this device and dtype,",
+                size,
+                "use fp16/bf16 on a GPU, or fewer sequences at a time",
+            )
         delta = (k_lens - q_lens)[:, None, None, None]
         visible = visible & band_mask(i, j, delta=delta, left=call.left, right=call.right)
-    if visible.numel() > MATRIX_LIMIT:
-        raise matrix_error(
-            "cu_seqlens on this device and dtype",
-            visible.numel(),
-            "use fp16/bf16 on a GPU, or fewer sequences at a time",
-        )
     valid_keys = (j < k_lens[:, None])[:, None, :, None]
     q = _spread(call.q, lengths.q, i)
     k = _spread(call.k, lengths.k, j).masked_fill(~valid_keys, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -210,18 +210,23 @@ def decide(request: Request, backend: str) -> Choice:
         names = AUTO_ORDER.get(request.device.type, _OTHER_DEVICES)
     else:
         names = (backend,)
+    return pick([_BY_NAME[name] for name in names], request)
+
+
+def pick(candidates: Sequence[Backend], request: Request) -> Choice:
+    """Take the first candidate that can serve a request; falling back is logged once per reason."""
     chosen: Backend | None = None
     reasons: list[str] = []
-    for name in names:
-        reason = refusal(_BY_NAME[name], request)
+    for candidate in candidates:
+        reason = refusal(candidate, request)
         if reason is not None:
             reasons.append(reason)
         elif chosen is None:
-            chosen = _BY_NAME[name]
-            if reasons:
-                _log_once(f"attention falls back to {name}: {'; '.join(reasons)}")
+            chosen = candidate
+            for line in reasons:
+                _log_once(f"attention falls back to {candidate.name}; {line}")
         else:
-            reasons.append(f"{name}: {chosen.name} comes first")
+            reasons.append(f"{candidate.name}: {chosen.name} comes first")
     return Choice(backend=chosen, reasons=tuple(reasons))
 
 

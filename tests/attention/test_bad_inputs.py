@@ -44,7 +44,11 @@ def test_shapes(tensors: tuple[torch.Tensor, ...], message: str):
 
 LENGTHS = CuSeqlens.from_lengths([2, 4])
 OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"causal": True, "window": (3, 1)}, ValueError, r"window=\(3, 1\) sees 1 keys ahead.*\(3, 0\)"),
+    (
+        {"causal": True, "window": (3, 1)},
+        ValueError,
+        r"window=\(3, 1\) sees 1 keys ahead.*\(3, 0\)",
+    ),
     ({"window": (-2, 0)}, ValueError, r"window is \(-2, 0\).*0 or more, or -1"),
     ({"window": (1, 2, 3)}, ValueError, r"give \(left, right\)"),
     ({"kv_lens": starts(5)}, ValueError, r"kv_lens is torch.int32 of shape \(1,\).*\(2,\)"),
@@ -196,13 +200,13 @@ def test_matrices_that_would_not_fit():
     with pytest.raises(ValueError, match=r"score matrix would take 4,294,967,296 bytes.*2,147"):
         attention(q, k, v, backend="reference")
     parts = [torch.zeros(1).expand(1, 1, 1 << 16, 1 << 7) for _ in range(2)]
-    with pytest.raises(ValueError, match="DecomposedBias.* n x m bias would take 4,294,967,296"):
+    with pytest.raises(ValueError, match=r"DecomposedBias.* n x m bias would take 4,294,967,296"):
         attention(q, k, v, bias=DecomposedBias(*parts))
     mask = torch.ones(1, dtype=torch.bool).expand(1, 1, 1, 1 << 14)
     bias = torch.zeros(1).expand(1, 1, 1 << 16, 1)
-    with pytest.raises(ValueError, match="mask together with bias would allocate .*-inf into"):
+    with pytest.raises(ValueError, match=r"mask together with bias would allocate .*-inf into"):
         attention(q, k, v, mask=mask, bias=bias)
-    with pytest.raises(ValueError, match="causal with fewer queries .*4,294,967,296 bytes"):
+    with pytest.raises(ValueError, match=r"causal with fewer queries .*4,294,967,296 bytes"):
         attention(*(x.requires_grad_() for x in huge(1 << 14, 1 << 16)), causal=True)
 
 
@@ -213,8 +217,10 @@ def test_packed_batches_that_would_not_fit_when_padded():
 
     tables = torch.zeros(9, dtype=torch.int32)
     lengths = CuSeqlens(tables, tables, 1 << 14, 1 << 15)
-    call = Call(PACKED, PACKED, PACKED, -1, 0, None, lengths, None, None, 1.0, 0.0, None, False, True)
-    with pytest.raises(ValueError, match="cu_seqlens with causal .* 4,294,967,296 bytes"):
+    call = Call(
+        PACKED, PACKED, PACKED, -1, 0, None, lengths, None, None, 1.0, 0.0, None, False, True
+    )
+    with pytest.raises(ValueError, match=r"cu_seqlens with causal .* 4,294,967,296 bytes"):
         pad_packed(call)
 
 
@@ -227,7 +233,7 @@ def test_parts_that_do_not_fit():
 
 
 def test_backend_names_in_context_and_environment(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match="use_backend.name. is 'nope'"), use_backend("nope"):
+    with pytest.raises(ValueError, match=r"use_backend.name. is 'nope'"), use_backend("nope"):
         pass
     monkeypatch.setenv("POLYZOO_ATTENTION", "nope")
     with pytest.raises(ValueError, match="environment variable POLYZOO_ATTENTION is 'nope'"):

@@ -62,7 +62,9 @@ def test_other_lengths_need_no_other_graph():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda *t: attention(*t), fullgraph=True, backend=counting, dynamic=True)
+    compiled = torch.compile(
+        lambda *t: attention(*t), fullgraph=True, backend=counting, dynamic=True
+    )
     for n in (20, 21, 33):
         q, k, v = (t.detach() for t in tensors(n))
         torch.testing.assert_close(compiled(q, k, v), attention(q, k, v))

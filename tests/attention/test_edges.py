@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.attention import DEVICES
 from torch import Tensor
 
 from polyzoo.attention import CuSeqlens, attention
+from support.attention import DEVICES
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "sdpa"])
 ON = pytest.mark.parametrize("device", DEVICES)
 
 
-def leaves(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def leaves(
+    device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     chance = torch.Generator().manual_seed(0)
     return [
         torch.randn(shape, generator=chance).to(device, dtype).requires_grad_() for shape in shapes
@@ -45,9 +47,7 @@ def test_rows_that_see_nothing(dead, backend: str, device: str):
 
 @BACKENDS
 @ON
-@pytest.mark.parametrize(
-    ("b", "n", "m"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)], ids=str
-)
+@pytest.mark.parametrize(("b", "n", "m"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)], ids=str)
 def test_empty_axes(b: int, n: int, m: int, backend: str, device: str):
     q, k, v = leaves(device, (b, 4, n, 8), (b, 2, m, 8), (b, 2, m, 16))
     out, lse = attention(q, k, v, return_lse=True, backend=backend)

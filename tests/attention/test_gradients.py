@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.attention import DEVICES, philox_words
 from torch.utils.checkpoint import checkpoint
 
 from polyzoo.attention import CuSeqlens, DecomposedBias, attention
 from polyzoo.attention.philox import keep_mask, philox
+from support.attention import DEVICES, philox_words
+from support.cli import run_python
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -21,6 +23,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mask": {"mask": torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])},
     "dropout": {"dropout": 0.4, "generator": torch.tensor([7, 0])},
 }
+
+
+INTERPRETED = """
+import math, torch
+from polyzoo.attention import philox
+from polyzoo.attention.kernels import dropout_mask
+for seed, offset, p in ((0, 0, 0.1), (2**40 + 5, 3, 0.5), (-3, -1, 0.9), (2**63 - 1, 2**33 + 7, 1e-9)):
+    rng = torch.tensor([seed, offset])
+    where = {"batch": torch.tensor([2, 5]), "heads": 3, "queries": torch.arange(4, 30), "keys": 37}
+    fused = dropout_mask.keep_mask(rng, **where, threshold=math.ceil(p * 2.0**32))
+    assert torch.equal(fused, philox.keep_mask(rng, **where, dropout=p))
+empty = dropout_mask.keep_mask(rng, **{**where, "keys": 0}, threshold=1)
+assert empty.shape == (2, 3, 26, 0)
+"""
 
 
 def doubles(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -79,7 +95,7 @@ def test_double_backward_through_torchs_kernels_is_refused(options: dict[str, An
     q, k, v = doubles((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))
     out = attention(q, k, v, **options, backend="sdpa")
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="derivative .* is not implemented"):
+    with pytest.raises(RuntimeError, match=r"derivative .* is not implemented"):
         grad.sum().backward()
 
 
@@ -109,10 +125,16 @@ class TestDropout:
             dropout=0.37,
         )
         numbers = np.concatenate([2 * 3 + np.arange(3), 5 * 3 + np.arange(3)])
-        words = philox_words(
-            seed % 2**64, numbers, 5, 7, (np.arange(4, 9), np.arange(7))
-        ).reshape(2, 3, 5, 7)
+        words = philox_words(seed % 2**64, numbers, 5, 7, (np.arange(4, 9), np.arange(7))).reshape(
+            2, 3, 5, 7
+        )
         assert np.array_equal(kept.numpy(), words.astype(np.float64) * 2.0**-32 >= 0.37)
+
+    @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton to be installed")
+    def test_the_triton_kernel_draws_the_same(self):
+        """In Triton's interpreter, which has to be asked for before the import."""
+        done = run_python(INTERPRETED, env={"TRITON_INTERPRET": "1"})
+        assert done.returncode == 0, done.stderr
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_long_calls_are_chunked_without_changing_a_number(self, device: str):

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.cli import run_cli, run_python
 
 from polyzoo.attention import (
     Backend,
@@ -28,8 +27,10 @@ from polyzoo.attention import (
 )
 from polyzoo.attention.cli import BackendsConfig, ExplainConfig
 from polyzoo.attention.commands import explain_call, list_backends, render_backends
-from polyzoo.attention.registry import BIT, FEATURES, pick, refusal
+from polyzoo.attention.features import BIT, FEATURES
+from polyzoo.attention.registry import pick, refusal
 from polyzoo.core.errors import UsageError
+from support.cli import run_cli, run_python
 
 SHAPE = (2, 4, 6, 8)
 CPU = torch.device("cpu")
@@ -81,9 +82,7 @@ class TestChoosing:
         here = dataclasses.replace(here, devices=None)
         assert refusal(here, asked) == "kernel: computes float16, not float32"
         half = asked._replace(dtype=torch.float16)
-        assert (
-            refusal(here, half) == "kernel: head size 12 is not served (allowed: multiples of 8)"
-        )
+        assert refusal(here, half) == "kernel: head size 12 is not served (allowed: multiples of 8)"
         even = half._replace(value_dim=72)
         assert refusal(here, even) == "kernel: has no mask"
         assert refusal(here, even._replace(features=BIT["causal"])) is None

@@ -240,9 +240,9 @@ class TestPacking:
 
     def test_a_mask_beside_the_packing_is_refused(self):
         _, ours = pair(roberta)
+        mask = torch.ones(1, int(LENGTHS.sum()), dtype=torch.long)
+        mask[:, -1] = 0
         with pytest.raises(ValueError, match="a packed batch has no padding"):
-            mask = torch.ones(1, int(LENGTHS.sum()), dtype=torch.long)
-            mask[:, -1] = 0
             self.packed(ours, attention_mask=mask)
 
 
@@ -279,7 +279,9 @@ class TestArguments:
     @pytest.mark.parametrize("is_causal", [None, True, False])
     def test_causal_is_the_layers_unless_said(self, is_causal: bool | None):
         out, _ = hook.attention_forward(Layer(), *QKV, None, is_causal=is_causal)
-        expected = nn.functional.scaled_dot_product_attention(*QKV, is_causal=is_causal is not False)
+        expected = nn.functional.scaled_dot_product_attention(
+            *QKV, is_causal=is_causal is not False
+        )
         torch.testing.assert_close(out, expected.transpose(1, 2))
 
     def test_one_query_sees_the_whole_cache(self):
@@ -303,9 +305,7 @@ class TestArguments:
         bias = torch.randn(1, 4, 6, 6, generator=chance)
         given = None if kind == "bias" else mask
         added = bias if kind != "float mask" else None
-        out, _ = hook.attention_forward(
-            Layer(), *QKV, given, position_bias=added, is_causal=False
-        )
+        out, _ = hook.attention_forward(Layer(), *QKV, given, position_bias=added, is_causal=False)
         total = sum(part for part in (given, added) if part is not None)
         expected = nn.functional.scaled_dot_product_attention(*QKV, attn_mask=total)
         torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)

@@ -53,7 +53,7 @@ def visible_keys(
     mask: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Combine every rule into one bool mask broadcastable to `(b, h, n, m)`; None if all is seen."""
+    """Combine every rule into one bool mask broadcastable to `(b, h, n, m)`, or None."""
     visible = None if kv_lens is None else length_mask(kv_lens, m)
     if left >= 0 or right >= 0:
         lengths = m if kv_lens is None else kv_lens.clamp(0, m)[:, None, None, None]

@@ -339,7 +339,9 @@ def test_malicious_pickles_never_run(tmp_path: Path, name: str, form: str) -> No
         path.write_bytes(pickle.dumps(payload["b"]))
     else:
         torch.save(payload, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(WeightsError, match=r"bad\.pt: (refused, since reading it could run|is dam)"):
+    with pytest.raises(
+        WeightsError, match=r"bad\.pt: (refused, since reading it could run|is dam)"
+    ):
         convert_pickle(path)
     assert not flag.exists()
 

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from support.cli import child_environment, run_cli, run_python
-from support.workspace import PACKAGES, project
 
 from polyzoo.core.cli import Command
+from support.cli import child_environment, run_cli, run_python
+from support.workspace import PACKAGES, project
 
 SAMPLE = '''
 """A package with commands of every kind."""

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cli import run_python
-from support.configs import Fuzzed, Inner
 
 from polyzoo.core.errors import ConfigError, WeightsError
 from polyzoo.core.hub import load_pretrained, resolve_folder, save_pretrained
+from support.cli import run_python
+from support.configs import Fuzzed, Inner
 
 FILES = {
     "config.json": b'{"steps": 3}',
@@ -61,7 +61,7 @@ def test_what_cannot_be_a_repository_is_no_such_folder(name: str) -> None:
 
 
 def test_a_path_is_never_taken_for_a_repository() -> None:
-    with pytest.raises(WeightsError, match="^owner/name: no such folder$"):
+    with pytest.raises(WeightsError, match=r"^owner/name: no such folder$"):
         resolve_folder(Path("owner/name"))
 
 

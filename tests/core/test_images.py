@@ -1,4 +1,4 @@
-"""Images of every mode become upright RGB; what is too large or damaged is refused with a reason."""
+"""Images of every mode become upright RGB; what is too large or damaged is refused."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_pixels_are_counted_before_decoding() -> None:
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_truncated_files_are_refused(form: str) -> None:
     data = encoded(Image.effect_noise((64, 64), 50).convert("RGB"), form)
-    with pytest.raises(DataError, match="^image: is (damaged|not one of)"):
+    with pytest.raises(DataError, match=r"^image: is (damaged|not one of)"):
         open_image(data[: len(data) // 2])
 
 

@@ -24,7 +24,7 @@ def run_cli(
     timeout: float = 120,
     path: str | Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `polyzoo ARGUMENTS`, with `path` importable too, and return its exit status, stdout and stderr as text.
+    """Run `polyzoo ARGUMENTS`, with `path` importable too; return status, stdout and stderr.
 
     Works from the sources too: where the packages are not installed, their entry points are
     written to a folder that only the child sees.

@@ -1,4 +1,4 @@
-"""Flat shards: every tensor as ranges of its flattened values, so that any layout can read any other.
+"""Flat shards: tensors as ranges of their flattened values, so that any layout can read any other.
 
 A whole parameter (one device, DDP), rows of it (FSDP2) and equal pieces of it (ZeRO-3) are all
 contiguous ranges of the row-major flattened parameter. Each process writes the ranges it holds;

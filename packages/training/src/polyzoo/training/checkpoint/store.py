@@ -1,4 +1,4 @@
-"""A folder of checkpoints: each wholly there or not at all, verified, retained, swept. Torch-free."""
+"""A folder of checkpoints: each wholly there or not at all, verified, retained. Torch-free."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class CheckpointStore:
         return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
     def newest(self) -> Path | None:
-        """Return the folder of the newest checkpoint, not yet verified; None where there is none."""
+        """Return the newest checkpoint, not yet verified; None where there is none."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
     def sweep(self) -> None:
-        """Remove what a killed process left half written or half removed; call under the run's lock."""
+        """Remove what a killed process left half written or removed; call under the lock."""
         if self.folder.is_dir():
             for stale in self.folder.glob(".*.tmp"):
                 target = stale.name.removeprefix(".").split(".")[0]
@@ -189,7 +189,7 @@ class CheckpointStore:
             )
 
     def _point_latest(self, target: Path) -> None:
-        """Let the link `latest` name the newest checkpoint, for people; resuming does not read it."""
+        """Let the link `latest` name the newest checkpoint; for people, resuming ignores it."""
         link = self.folder / f".{LATEST}.{os.getpid()}.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)

@@ -42,7 +42,7 @@ class OptimConfig:
     lr: float = 3e-4
     """Peak learning rate; the schedule multiplies it by a factor from 0 to 1."""
     weight_decay: float = 0.01
-    """Decoupled decay of weights with two or more axes."""
+    """Decay of weights with two or more axes; decoupled in AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's two moving-average factors."""
     eps: float = 1e-8

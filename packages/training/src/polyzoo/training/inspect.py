@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 from polyzoo.core.errors import DataError
 from polyzoo.training.checkpoint.store import CheckpointStore, find_fault, read_manifest
 from polyzoo.training.events import read_events
-from polyzoo.training.runfolder import CHECKPOINTS, CONFIG, STATUS
+from polyzoo.training.runfolder import CHECKPOINTS, CONFIG, STATUS, holder_lives
 
 if TYPE_CHECKING:
     from polyzoo.training.cli import InspectConfig
-
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,27 +96,13 @@ def _status(run_dir: Path) -> dict[str, Any]:
         status = json.loads((run_dir / STATUS).read_bytes())
     except FileNotFoundError:
         return {"state": "new", "step": 0, "total_steps": None, "note": ""}
-    if status["state"] == "running" and not _holder_lives(run_dir):
+    if status["state"] == "running" and not holder_lives(run_dir):
         status = {
             **status,
             "state": "killed",
             "note": "its process is gone; the run can be resumed",
         }
     return status
-
-
-def _holder_lives(run_dir: Path) -> bool:
-    """Tell whether the process named in the lock file exists, without taking the lock."""
-    try:
-        named = re.search(r"process (\d+)", (run_dir / _LOCK).read_text(encoding="utf-8"))
-        if named is None:
-            return False
-        os.kill(int(named[1]), 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _best(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_OF_DISK = 0.95  # file systems slow down or refuse in their last percents
 
 logger = get_logger(__name__)
@@ -96,14 +97,11 @@ class CheckpointStore:
             return target
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(step, needed)
-        try:
-            with atomic_folder(target) as folder:
-                self._fill(folder, step, write)
-        except PolyzooError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-                raise disk_full(self, f"the checkpoint of step {step}", str(error)) from error
-            raise
+        with (
+            explaining_full_disk(self, f"the checkpoint of step {step}"),
+            atomic_folder(target) as folder,
+        ):
+            self._fill(folder, step, write)
         self._point_latest(target)
         self.retain()
         return target
@@ -182,7 +180,7 @@ class CheckpointStore:
     def _check_space(self, step: int, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if needed > free * _MOST_OF_DISK:
-            raise disk_full(
+            raise _disk_full(
                 self,
                 f"the checkpoint of step {step}",
                 f"{self.folder} has {free:,} bytes free, the checkpoint takes {needed:,}",
@@ -196,8 +194,21 @@ class CheckpointStore:
         link.replace(self.folder / LATEST)
 
 
-def disk_full(store: CheckpointStore, what: str, why: str) -> TrainingError:
-    """Return E-DISK-FULL, which says what is still there."""
+@contextmanager
+def explaining_full_disk(store: CheckpointStore, what: str) -> Iterator[None]:
+    """Turn a full disk inside the block into E-DISK-FULL, which says what is still there."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (OSError, PolyzooError) as error:
+        cause = error.__cause__ if isinstance(error, PolyzooError) else error
+        if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+            raise _disk_full(store, what, str(error)) from error
+        raise
+
+
+def _disk_full(store: CheckpointStore, what: str, why: str) -> TrainingError:
     steps = store.steps()
     kept = f"checkpoint of step {steps[-1]} is untouched" if steps else "there is no earlier one"
     return TrainingError(

@@ -29,7 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary_beside(path)
     try:
-        with writing(path, temporary):
+        with _explaining(path, temporary):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _fsync(temporary)
@@ -76,7 +76,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         raise PolyzooError(f"{path} already exists; remove it or choose another folder")
     temporary = _temporary_beside(path)
     try:
-        with writing(path, temporary):
+        with _explaining(path, temporary):
             temporary.mkdir(parents=True)
             yield temporary
             for parent, _, names in os.walk(temporary):
@@ -96,14 +96,16 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turn an operating-system error raised while writing `path` into one that says what to do."""
+def _explaining(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn what the operating system refuses about `path` into an error that says what to do."""
+    ours = {str(place) for place in (path, *path.parents)} | {str(temporary)}
     try:
         yield
     except OSError as error:
-        if isinstance(error, PolyzooError):
-            raise
-        raise _write_error(path, temporary, error) from error
+        # A body may fail on files of its own (a missing input); those errors are not ours to reword.
+        if error.errno in _DISK_FULL or error.filename in ours:
+            raise _write_error(path, temporary, error) from error
+        raise
 
 
 class FolderLock:
@@ -122,7 +124,7 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        with writing(self.path):
+        with _explaining(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("a+", encoding="utf-8")
         try:

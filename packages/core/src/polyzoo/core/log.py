@@ -52,7 +52,7 @@ def progress(
     description: str,
     unit: str = "it",
     quiet: bool = False,
-) -> tqdm[T]:
+) -> tqdm[Any]:
     """Show how far the work is, on stderr: a bar in a terminal, a plain line now and then elsewhere.
 
     Args:
@@ -79,7 +79,7 @@ def progress(
     )
 
 
-class _Lines(tqdm[T]):
+class _Lines(tqdm):  # not generic at run time
     """Writes whole lines, at most one in ten seconds and always the last: readable in a log file."""
 
     monitor_interval = 0  # no thread: lines need no refresh

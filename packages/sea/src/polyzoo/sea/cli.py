@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from polyzoo.core.cli import CommandGroup
+from polyzoo.core.cli import Command, CommandGroup
+from polyzoo.sea.corpus_config import CorpusConfig
 
-GROUP = CommandGroup(summary="Natural-language search over long code", commands={})
+GROUP = CommandGroup(
+    summary="Natural-language search over long code",
+    commands={
+        "build-corpus": Command(
+            summary="Mine documented functions from packages, to train and evaluate on",
+            config=CorpusConfig,
+            run="polyzoo.sea.corpus:build_corpus",
+            render="polyzoo.sea.corpus_report:render",
+        ),
+    },
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from polyzoo.core.errors import ConfigError
@@ -100,17 +101,65 @@ class SeaConfig:
     tokenizer_sha256: str = ""
     """Fingerprint of the tokenizer this model was trained with; empty means unchecked."""
 
+    @property
+    def whole_entry(self) -> bool:
+        """Whether functions of several blocks get the truncated whole as an entry."""
+        return self.include_whole and self.aggregator != "maxsim"
+
     def __post_init__(self) -> None:
         """Check the relations between fields."""
         _at_least("max_query_tokens", self.max_query_tokens, 4)
         if self.raw == "whole" and not self.include_whole:
-            raise ConfigError("raw='whole' needs include_whole=True: there is no whole-function vector to add")
+            raise ConfigError(
+                "raw='whole' needs include_whole=True: there is no whole-function vector to add"
+            )
         if self.aggregator == "first" and not self.include_whole:
             raise ConfigError(
-                "aggregator='first' is the truncated whole function, but include_whole is False: set it to True"
+                "aggregator='first' is the truncated whole function: it needs include_whole=True"
             )
 
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{name}={value} is too small: the least allowed value is {least}")
+
+
+Protocol = Literal["full", "graphcodebert", "csn1000", "released"]
+Ties = Literal["pessimistic", "mean", "optimistic"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """How well a model finds functions by their documentation."""
+
+    data: Path
+    """Queries and their functions: CodeSearchNet-format .jsonl or .jsonl.gz, or a prepared .npz."""
+    codebase: Path | None = None
+    """All candidates, which must include the queries' functions; without it, those are the pool."""
+    model: str = "embedded"
+    """embedded, minilm, a model folder, a hub id, or encoder:NAME for an untrained encoder."""
+    protocol: Protocol = "full"
+    """full: the whole pool, no cut-off. graphcodebert: ranks beyond 1000 count 0. csn1000: pools of
+    1,000. released: the published procedure, which favours the answers; for comparison only."""
+    ties: Ties = "pessimistic"
+    """Where an answer stands among equal scores."""
+    aggregator: Aggregator | None = None
+    """Use another combination of the blocks than the model's; only for one that needs no training."""
+    keep_docstrings: bool = False
+    """Leave docstrings in the functions; for data whose queries are not their docstrings."""
+    baselines: bool = True
+    """Also rank by TF-IDF and by the truncated function."""
+    language: Language | None = None
+    """Of records that do not say."""
+    ranks: Path | None = None
+    """Write every query's rank to this .jsonl file."""
+    limit: int | None = None
+    """Use only so many queries."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: str = "auto"
+    """Of the encoder: auto, float32, bfloat16, float16."""
+    cache: bool = True
+    """Keep split files under the cache folder, and use them."""
+    workers: int | None = None
+    """Processes that split; one per core on large files by default."""

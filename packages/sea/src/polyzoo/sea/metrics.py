@@ -95,7 +95,9 @@ class Figures:
         )
 
 
-def by_length(ranks: np.ndarray, lengths: np.ndarray) -> dict[str, Figures]:
+def by_length(
+    ranks: np.ndarray, lengths: np.ndarray, *, cutoff: int | None = None
+) -> dict[str, Figures]:
     """Figures by length of the answer in encoder pieces, special tokens not counted."""
     masks = {
         "<=256": lengths <= 256,
@@ -103,7 +105,7 @@ def by_length(ranks: np.ndarray, lengths: np.ndarray) -> dict[str, Figures]:
         ">512": lengths > 512,
         ">256": lengths > 256,
     }
-    return {name: Figures.of(ranks[mask]) for name, mask in masks.items()}
+    return {name: Figures.of(ranks[mask], cutoff=cutoff) for name, mask in masks.items()}
 
 
 def released_ranks(

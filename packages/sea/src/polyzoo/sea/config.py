@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from polyzoo.core.errors import ConfigError
 
@@ -124,6 +126,38 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(f"{name}={value} is too small: the least allowed value is {least}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """Shape of a small encoder cut out of the teacher's."""
+
+    vocab_size: int = 8192
+    """Pieces to keep, the most frequent of the training files."""
+    layers: tuple[int, ...] = (0, 2, 5)
+    """Layers of the teacher to start from, in order; their number is the small one's."""
+    max_positions: int = 256
+    """Longest sequence, special tokens included."""
+
+    def __post_init__(self) -> None:
+        """Check sizes."""
+        _at_least("vocab_size", self.vocab_size, 105)
+        if not self.layers:
+            raise ConfigError("layers=() names none: at least one layer is needed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomEncoderConfig:
+    """An untrained encoder with a vocabulary learnt from the training file: for tests and demos."""
+
+    vocab_size: int = 1000
+    """Most pieces."""
+    layers: int = 2
+    """Transformer layers."""
+    hidden: int = 64
+    """Channels, a multiple of 32; heads have 32 of them."""
+    max_positions: int = 256
+    """Longest sequence, special tokens included."""
+
+
 Protocol = Literal["full", "graphcodebert", "csn1000", "released"]
 Ties = Literal["pessimistic", "mean", "optimistic"]
 
@@ -163,3 +197,65 @@ class EvalConfig:
     """Keep split files under the cache folder, and use them."""
     workers: int | None = None
     """Processes that split; one per core on large files by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareConfig:
+    """Tokenise and split a file once, to train or evaluate elsewhere."""
+
+    data: Path
+    """CodeSearchNet-format .jsonl or .jsonl.gz."""
+    out: Path
+    """The .npz file to write."""
+    like: Literal["minilm", "embedded", "paper"] = "minilm"
+    """Preset whose encoder (for its tokenizer) and splitter are used."""
+    model: SeaConfig | None = None
+    """Another encoder and splitter than a preset's."""
+    unpaired: bool = False
+    """Accept functions without documentation."""
+    language: Language | None = None
+    """Of records that do not say."""
+    limit: int | None = None
+    """Use only so many records."""
+    workers: int | None = None
+    """Processes; one per core on large files by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedConfig:
+    """Vectors of queries or functions."""
+
+    data: Path | None = None
+    """A .jsonl(.gz) file of records, or plain text with a query per line; stdin where not given."""
+    out: Path | None = None
+    """A .npy file; without it, JSON lines go to stdout."""
+    kind: Literal["code", "query"] = "code"
+    """What is embedded: the functions of the records, or their queries (plain text: its lines)."""
+    model: str = "embedded"
+    """embedded, minilm, a model folder, a hub id, or encoder:NAME."""
+    language: Language | None = None
+    """Of records that do not say."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    batch_size: int = 256
+    """Records read at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """An official SEA checkpoint, or the CoSQA files, in this package's form."""
+
+    what: Annotated[Literal["checkpoint", "cosqa"], tyro.conf.Positional]
+    """checkpoint: an official model.best.bin. cosqa: the public retrieval files."""
+    out: Path
+    """Folder to write."""
+    checkpoint: Path | None = None
+    """checkpoint: the .bin file."""
+    encoder: str | None = None
+    """checkpoint: folder or hub id of the RoBERTa encoder it was trained from (config, tokenizer)."""
+    aggregator: Aggregator = "attn1_sum"
+    """checkpoint: how it was trained; attn1_sum is one_layer with average."""
+    codes: Path | None = None
+    """cosqa: code_idx_map.txt."""
+    queries: Path | None = None
+    """cosqa: cosqa-retrieval-test-500.json or the dev file."""

@@ -101,13 +101,18 @@ class PairDataset(Dataset[Pair]):
         self._extra_per_pair = extra_per_pair
         self._negatives = negatives
         self._negatives_per_pair = negatives_per_pair
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Deal other extra functions in every epoch; called by the training engine."""
+        self._epoch = epoch
 
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self._prepared)
 
     def __getitem__(self, index: int) -> Pair:
-        """One pair, always the same for an index."""
+        """One pair, always the same for an index and an epoch."""
         functions = [self._function(self._prepared, index)]
         if self._negatives is not None:
             functions += [
@@ -115,7 +120,7 @@ class PairDataset(Dataset[Pair]):
                 for row in self._negatives[index][: self._negatives_per_pair]
             ]
         if self._extra is not None:
-            first = index * self._extra_per_pair
+            first = (self._epoch * len(self) + index) * self._extra_per_pair
             functions += [
                 self._function(self._extra, row % len(self._extra))
                 for row in range(first, first + self._extra_per_pair)

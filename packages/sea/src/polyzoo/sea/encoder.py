@@ -152,6 +152,10 @@ class PackedEncoder(nn.Module):
             self.model.compile(dynamic=True)
         return fused is not None
 
+    def unfuse(self) -> None:
+        """Back to the modules themselves."""
+        self._fused = []
+
     def explain(self) -> str:
         """One line on which path the forward pass takes, and why."""
         name = type(self.model).__name__
@@ -284,6 +288,13 @@ def register_attention() -> None:
     from polyzoo.attention.integrations.transformers import register
 
     register()
+
+
+def set_dropout(model: nn.Module, *, hidden: float, attention: float) -> None:
+    """Set how much is dropped in training, whatever the encoder's config says."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = attention if name.endswith(".self.dropout") else hidden
 
 
 def without_pooler(folder: str | Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from polyzoo.core import assets
+from polyzoo.core.assets.cache import asset_folder
+from polyzoo.core.assets.table import ASSETS
 from polyzoo.core.errors import AssetError, WeightsError
 from polyzoo.core.hub import resolve_folder
 
@@ -37,8 +38,8 @@ def encoder_folder(
         return beside / "encoder"
     if Path(name).is_dir():
         return Path(name)
-    if name in assets.NAMES:
-        return assets.asset_folder(name)
+    if name in ASSETS:
+        return asset_folder(name)
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise WeightsError(f"{name}: no such folder")
     return resolve_folder(name, local_files_only=local_files_only, files=_ENCODER_FILES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_folder
 from polyzoo.core.weights import read_weights, write_weights
+from polyzoo.sea.config import StudentConfig
 from polyzoo.sea.prepared import Prepared, Ragged
 from polyzoo.sea.tokenizer import SeaTokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUES = "##"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudentConfig:
-    """Shape of a small encoder."""
-
-    vocab_size: int = 8192
-    """Pieces to keep."""
-    layers: tuple[int, ...] = (0, 2, 5)
-    """Layers of the large encoder to start from, in order; their number is the small one's."""
-    max_positions: int = 256
-    """Longest sequence, special tokens included."""
-
-    def __post_init__(self) -> None:
-        """Check sizes."""
-        if self.vocab_size < len(SPECIAL) + 100:
-            raise ConfigError(f"vocab_size={self.vocab_size} is too small: 105 or more is needed")
-        if not self.layers:
-            raise ConfigError("layers must name at least one layer")
 
 
 def build_student(

@@ -13,10 +13,11 @@ from polyzoo.sea import evaluation
 from polyzoo.sea.aggregation import Aggregation
 from polyzoo.sea.baselines import TfIdf
 from polyzoo.sea.caches import prepared_folder
-from polyzoo.sea.config import EvalConfig, SeaConfig
+from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.metrics import Figures
 from polyzoo.sea.pipeline import SeaPipeline, bare_config
 from polyzoo.sea.model_sources import BARE
+from polyzoo.sea.options import EvalConfig
 from polyzoo.sea.prepare import Preparation, prepare_file
 from polyzoo.sea.prepared import Prepared
 from polyzoo.sea.records import Record, read_records

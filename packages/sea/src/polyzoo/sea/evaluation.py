@@ -16,7 +16,7 @@ import torch
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_write
-from polyzoo.sea.config import Protocol, Ties
+from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.metrics import Figures, answer_ranks, by_length
 from polyzoo.sea.model import CodeVectors, SeaModel
 from polyzoo.sea.prepared import Prepared

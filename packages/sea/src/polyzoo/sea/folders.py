@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from polyzoo.core.errors import ConfigError, WeightsError
 from polyzoo.core.io import atomic_folder
 from polyzoo.core.weights import FILE_NAME, load_into, read_weights, write_weights
 from polyzoo.sea.config import AdapterConfig, SeaConfig
-from polyzoo.sea.encoder import PackedEncoder, register_attention
+from polyzoo.sea.encoder import PackedEncoder, empty_encoder
 from polyzoo.sea.model import SeaModel
 from polyzoo.sea.model_sources import encoder_folder
 from polyzoo.sea.tokenizer import SeaTokenizer
@@ -84,7 +83,7 @@ def load_folder(folder: str | Path, *, local_files_only: bool = False) -> Loaded
         load_into(model.aggregation, rest, source=str(folder))
         return _checked(model, config, base, extra=content)
     base = encoder_folder(config.encoder, beside=folder, local_files_only=local_files_only)
-    encoder = PackedEncoder(_skeleton(base, config), pooling=config.pooling)
+    encoder = PackedEncoder(empty_encoder(base, pooling=config.pooling), pooling=config.pooling)
     model = SeaModel(encoder, config)
     load_into(model, tensors, source=str(folder / FILE_NAME))
     encoder.probe()
@@ -159,20 +158,6 @@ def base_fingerprint(model: nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor[:8].detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _skeleton(folder: Path, config: SeaConfig) -> nn.Module:
-    """The encoder's modules without loading weights; they come from the model's own file."""
-    from transformers import AutoConfig, AutoModel
-
-    from polyzoo.sea.encoder import without_pooler
-
-    register_attention()
-    shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    extra: dict[str, Any] = {} if config.pooling == "pooler" else without_pooler(folder)
-    return AutoModel.from_config(
-        shape, attn_implementation="polyzoo", dtype=torch.float32, **extra
-    )
 
 
 def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, extra: bytes) -> LoadedModel:

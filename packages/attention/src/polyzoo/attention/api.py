@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Literal, overload
 
 import torch
@@ -184,7 +185,9 @@ def attention(
     )
     scores = scores if scores * _LARGEST_ITEM > MATRIX_LIMIT else 0
     if torch.compiler.is_compiling():
-        name = _chosen_name(device, dtype, int(d), int(v.shape[3]), features, int(scores), backend)
+        # operator.index fixes a symbolic size: head sizes always, the matrix only where it is huge.
+        d, dv, scores = index(d), index(v.shape[3]), index(scores)
+        name = _chosen_name(device, dtype, d, dv, features, scores, backend)
         out, lse = forwards()[name](call)
     else:
         request = Request(device, dtype, d, v.shape[3], features, scores)

@@ -28,8 +28,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor | None]:
         out, lse = ragged.attend_kv_lens(call, attend_dense)
     else:
         out, lse = attend_dense(call)
-    swapped = out.transpose(1, 2)
-    return out if swapped.is_contiguous() else swapped.contiguous().transpose(1, 2), lse
+    heads, channels = out.shape[1], out.shape[3]
+    if out.stride()[1:] != (channels, heads * channels, 1):
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, lse
 
 
 def attend_dense(call: Call) -> tuple[Tensor, Tensor | None]:

@@ -39,7 +39,9 @@ def scaled_dot_product(
     Returns:
         Output, and the lse or None. A row that sees nothing gives zeros, -inf and no gradient.
     """
-    grouped = q.shape[1] != k.shape[1]
+    grouped = False
+    if q.shape[1] != k.shape[1]:  # spelled out: with symbolic sizes a comparison is no bool
+        grouped = True
     if grouped and not is_causal and q.shape[2] <= GROUP_PACKING_QUERIES and k.shape[1]:
         packed = _pack_groups(q, k, attn_mask)
         if packed is not None:

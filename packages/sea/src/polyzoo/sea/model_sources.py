@@ -36,10 +36,10 @@ def encoder_folder(
         if beside is None or not (beside / "encoder").is_dir():
             raise WeightsError(f"{beside}: the folder `encoder` with its config is missing")
         return beside / "encoder"
+    if name in ASSETS:  # before folders: one of that name in the working folder changes nothing
+        return asset_folder(name)
     if Path(name).is_dir():
         return Path(name)
-    if name in ASSETS:
-        return asset_folder(name)
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise WeightsError(f"{name}: no such folder")
     return resolve_folder(name, local_files_only=local_files_only, files=_ENCODER_FILES)

@@ -118,10 +118,10 @@ class SeaPipeline:
                 f"{name}: a trained model brings its own configuration; config is only for "
                 "encoder:NAME"
             )
-        if Path(name).is_dir():
-            folder = Path(name)
-        elif name in SHIPPED:
+        if name in SHIPPED:  # before folders: one of that name in the working folder changes nothing
             folder = shipped_folder(name)
+        elif Path(name).is_dir():
+            folder = Path(name)
         elif Path(name).is_absolute() or name.startswith((".", "~")):
             raise WeightsError(f"{name}: no such folder")
         else:

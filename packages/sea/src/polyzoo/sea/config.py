@@ -71,8 +71,6 @@ class AdapterConfig:
     """Inner size of the two factors."""
     scale: float
     """Factor of the product of the two matrices when it is added to the encoder's weight."""
-    base_sha256: str = ""
-    """Fingerprint of the encoder weights this change was trained on; empty means unchecked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

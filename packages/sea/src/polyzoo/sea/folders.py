@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
     "merges.txt", "added_tokens.json",
 )  # fmt: skip
-_DOWN, _UP = ".adapter_down", ".adapter_up"
+_DOWN, _UP, _PROBE = ".adapter_down", ".adapter_up", "encoder_probe"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def load_folder(folder: str | Path, *, local_files_only: bool = False) -> Loaded
     if config.adapter is not None:
         base = encoder_folder(config.encoder, beside=folder, local_files_only=local_files_only)
         encoder = PackedEncoder.from_folder(base, pooling=config.pooling)
-        _check_base(encoder.model, config.adapter, name=config.encoder)
+        _check_base(encoder.model, tensors, name=config.encoder)
         model = SeaModel(encoder, config)
         rest = _merge(encoder.model, tensors, config.adapter.scale, source=str(folder))
         load_into(model.aggregation, rest, source=str(folder))
@@ -98,7 +98,6 @@ def save_folder(
     int8: bool = False,
     adapter: Mapping[str, LowRank] | None = None,
     scale: float = 1.0,
-    base_sha256: str = "",
 ) -> Path:
     """Write a model folder, replacing one that is there.
 
@@ -111,7 +110,6 @@ def save_folder(
         adapter: Write only this change of the encoder, by module name inside the encoder, as
             float16; the config keeps naming the encoder it belongs to.
         scale: Of the adapter.
-        base_sha256: Fingerprint of the encoder the adapter changes.
     """
     folder, source = Path(folder), Path(tokenizer_folder)
     tokenizer = SeaTokenizer.from_folder(
@@ -120,12 +118,11 @@ def save_folder(
     config = replace(model.config, tokenizer_sha256=tokenizer.sha256)
     if adapter is not None:
         rank = next(iter(adapter.values())).down.shape[0] if adapter else 0
-        config = replace(
-            config, adapter=AdapterConfig(rank=rank, scale=scale, base_sha256=base_sha256)
-        )
+        config = replace(config, adapter=AdapterConfig(rank=rank, scale=scale))
         tensors = {f"aggregation.{k}": v for k, v in model.aggregation.state_dict().items()}
         for name, change in adapter.items():
             tensors |= {name + _DOWN: change.down, name + _UP: change.up}
+        tensors[_PROBE] = _probe(model.encoder.model)
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
     else:
         config = replace(config, encoder=SELF, adapter=None)
@@ -150,16 +147,6 @@ def save_folder(
     return folder
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """Hash of an encoder's small tensors and first rows: cheap, and no two trainings share it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_floating_point() and "pooler" not in name:
-            digest.update(name.encode())
-            digest.update(tensor[:8].detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, extra: bytes) -> LoadedModel:
     tokenizer = SeaTokenizer.from_folder(folder, split_identifiers=config.split_identifiers)
     if config.tokenizer_sha256 and config.tokenizer_sha256 != tokenizer.sha256:
@@ -181,15 +168,28 @@ def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, extra: bytes) 
     )
     model.eval()
     plain = str(sorted(configs.dump(config).items())).encode()
-    digest = hashlib.sha256(plain + extra + base_fingerprint(model.encoder.model).encode())
+    digest = hashlib.sha256(plain + extra + _probe(model.encoder.model).numpy().tobytes())
     return LoadedModel(model, tokenizer, config, folder, digest.hexdigest())
 
 
-def _check_base(model: nn.Module, adapter: AdapterConfig, *, name: str) -> None:
-    if adapter.base_sha256 and base_fingerprint(model) != adapter.base_sha256:
+def _probe(model: nn.Module) -> Tensor:
+    """A few weights from all over an encoder, to recognise it by; rounding does not matter."""
+    flat = [
+        tensor.detach().float().flatten()[:8].cpu()
+        for name, tensor in sorted(model.state_dict().items())
+        if tensor.is_floating_point() and "pooler" not in name
+    ]
+    return torch.cat(flat)
+
+
+def _check_base(model: nn.Module, tensors: dict[str, Tensor], *, name: str) -> None:
+    wanted, found = tensors.pop(_PROBE, None), _probe(model)
+    if wanted is None:
+        return
+    if wanted.shape != found.shape or (wanted - found).abs().max() > 2e-3 * found.abs().max():
         raise WeightsError(
-            f"encoder {name!r} is not the one this adapter was trained on: fetch the original with "
-            f"`polyzoo assets fetch {name}`"
+            f"encoder {name!r} is not the one this adapter was trained on: fetch the original "
+            f"(`polyzoo assets fetch {name}`, or the hub id or folder it came from)"
         )
 
 

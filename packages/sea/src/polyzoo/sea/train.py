@@ -18,7 +18,7 @@ from polyzoo.sea.caches import prepared_folder
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.data import PairDataset, collate, read_negatives
 from polyzoo.sea.encoder import PackedEncoder, set_dropout
-from polyzoo.sea.folders import base_fingerprint, load_folder, save_folder
+from polyzoo.sea.folders import load_folder, save_folder
 from polyzoo.sea.model import SeaModel
 from polyzoo.sea.model_sources import encoder_folder
 from polyzoo.sea.objective import (
@@ -333,7 +333,6 @@ def _save(config: SeaTrainConfig, material: _Material, model: nn.Module) -> None
         tokenizer_folder=material.encoder,
         adapter=changes,
         scale=scale,
-        base_sha256=base_fingerprint(clean.encoder.model),
     )
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
-
 from polyzoo.core.errors import ConfigError
 
 Language = Literal["python", "java", "javascript", "go", "php", "ruby"]
@@ -16,6 +14,7 @@ Pooling = Literal["cls", "mean", "pooler"]
 Aggregator = Literal[
     "attn1", "attn2", "mean", "max", "attn1_mean", "attn2_mean", "attn1_sum", "attn2_sum", "first", "maxsim"
 ]
+Raw = Literal["mean", "max", "whole"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +24,7 @@ class SplitConfig:
     kind: Splitter = "ast"
     """ast: at statement borders; line, token, space: windows of that many items."""
     profile: Literal["fair", "released"] = "fair"
-    """fair loses nothing and counts encoder tokens; released reproduces the published code, faults included."""
+    """fair loses nothing and counts encoder tokens; released repeats the published code's faults."""
     budget: int = 254
     """Encoder pieces a block may hold, without the special tokens."""
     window: int = 32
@@ -43,15 +42,45 @@ class SplitConfig:
     repeat_signature: bool = False
     """Put the function's signature before every block; it counts toward the budget."""
     keep_comments: bool = False
-    """Leave comments in block text; docstrings are always removed."""
+    """Leave comments in block text."""
+    keep_docstrings: bool = False
+    """Leave docstrings in block text: never where the queries are docstrings, the answer leaks."""
+
+    def __post_init__(self) -> None:
+        """Check that no setting loses text."""
+        for name in ("budget", "window", "step", "max_blocks"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("min_line", "overlap", "min_tokens"):
+            _at_least(name, getattr(self, name), 0)
+        if self.step > self.window:
+            raise ConfigError(
+                f"step={self.step} is larger than window={self.window}: the text between two windows would be lost; "
+                "choose step from 1 to window"
+            )
+        if self.overlap >= self.budget:
+            raise ConfigError(
+                f"overlap={self.overlap} fills the whole budget={self.budget}: choose an overlap below it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """A low-rank change of the encoder, stored instead of the encoder itself."""
+
+    rank: int
+    """Inner size of the two factors."""
+    scale: float
+    """Factor of the product of the two matrices when it is added to the encoder's weight."""
+    base_sha256: str = ""
+    """Fingerprint of the encoder weights this change was trained on; empty means unchecked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeaConfig:
     """Shape of a SEA model, saved beside its weights as config.json."""
 
-    encoder: str = "embedded"
-    """Folder, hub id, or asset name of the Hugging Face encoder this model starts from."""
+    encoder: str = "minilm"
+    """Folder, hub id, or asset name of the Hugging Face encoder; `self`: the folder beside this file."""
     pooling: Pooling = "mean"
     """How token states become one vector."""
     normalize: bool = True
@@ -59,150 +88,86 @@ class SeaConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     aggregator: Aggregator = "attn1_mean"
     """How block vectors become one vector per function (sea.md section 5)."""
+    raw: Raw = "mean"
+    """What *_mean and *_sum add to the attention: mean or maximum of the entries, or the truncated whole."""
     include_whole: bool = True
     """Add the vector of the truncated whole function to the blocks."""
+    split_identifiers: bool = False
+    """Cut identifiers at camelCase borders before tokenising; offsets still refer to the text."""
     max_query_tokens: int = 128
     """Encoder pieces of a query, special tokens included; the rest is cut and counted."""
+    adapter: AdapterConfig | None = None
+    """Set when model.safetensors holds a low-rank change of `encoder` and not the encoder."""
+    tokenizer_sha256: str = ""
+    """Fingerprint of the tokenizer this model was trained with; empty means unchecked."""
+
+    def __post_init__(self) -> None:
+        """Check the relations between fields."""
+        _at_least("max_query_tokens", self.max_query_tokens, 4)
+        if self.raw == "whole" and not self.include_whole:
+            raise ConfigError("raw='whole' needs include_whole=True: there is no whole-function vector to add")
+        if self.aggregator == "first" and not self.include_whole:
+            raise ConfigError(
+                "aggregator='first' is the truncated whole function, but include_whole is False: set it to True"
+            )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} is too small: the least allowed value is {least}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class IndexConfig:
-    """What `index` makes, and of what. What is not given stays as the index was made."""
+class CorpusConfig:
+    """What `build-corpus` mines, and by which rules."""
 
-    repo: Positional[Path]
-    """Folder of the repository."""
-    out: Path | None = None
-    """Folder of the index; by default a cache folder keyed by the repository's path."""
-    model: str | None = None
-    """Folder, hub id or asset name of a SEA model; `embedded` for a new index."""
-    store: Literal["local", "qdrant", "lancedb"] | None = None
-    """Where vectors go; `local` for a new index."""
-    store_location: str | None = None
-    """http://HOST:6333 or a folder for qdrant, a folder or bucket for lancedb; inside `out` by default."""
-    dtype: Literal["float32", "float16"] | None = None
-    """Numbers of a local store's vectors; float32 for a new index."""
-    language: tuple[Language, ...] = ()
-    """Only files of these languages."""
-    include: tuple[str, ...] = ()
-    """Only files that match one of these patterns, in .gitignore syntax."""
+    sources: tuple[str, ...]
+    """Wheels, sdists, other archives, unpacked folders, or names of installed packages."""
+    out: Path
+    """Folder for train, valid and test .jsonl.gz and report.json."""
+    languages: tuple[Language, ...] = ("python",)
+    """Languages to take."""
+    valid: tuple[str, ...] = ()
+    """Packages of the validation set; commas separate too."""
+    test: tuple[str, ...] = ()
+    """Packages of the test set; commas separate too."""
+    exclude_file: Path | None = None
+    """Package names never to mine, one a line."""
     exclude: tuple[str, ...] = ()
-    """No files or folders that match one of these patterns, in .gitignore syntax."""
-    no_gitignore: bool = False
-    """Index what .gitignore files name, too."""
-    vendored: bool = False
-    """Enter hidden and vendored folders, too."""
-    keep_blocks: bool = False
-    """Store the vectors of blocks as well, for --maxsim and faster highlighting."""
-    rebuild: bool = False
-    """Make the index anew; readers keep the old one until the new one is complete."""
-    jobs: int = 0
-    """Processes that read and parse files; 0 takes one per core where there are many files."""
+    """Further packages never to mine; commas separate too."""
+    licenses: tuple[str, ...] = (
+        "0BSD",
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "CC0-1.0",
+        "HPND",
+        "ISC",
+        "MIT",
+        "MIT-0",
+        "PSF-2.0",
+        "Python-2.0",
+        "Unlicense",
+        "Zlib",
+    )
+    """SPDX names allowed; a package needs an expression these satisfy. Empty allows everything."""
+    undocumented: Path | None = None
+    """Also write the training packages' functions without usable documentation to this .jsonl.gz."""
+    min_code_lines: int = 3
+    """Lines of code a function needs, blank ones and the documentation not counted."""
+    min_doc_words: int = 3
+    """Words the first paragraph of the documentation needs."""
+    max_doc_tokens: int = 256
+    """Words and punctuation marks it may have."""
+    workers: int = 0
+    """Processes; 0 takes one per CPU. The result does not depend on it."""
 
     def __post_init__(self) -> None:
-        """Check what tyro cannot."""
-        if self.jobs < 0:
-            raise ConfigError(f"jobs={self.jobs} must be 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchConfig:
-    """What `search` looks for, and where."""
-
-    query: Positional[str]
-    """What the code does, in plain words, or names that occur in it."""
-    repo: Path = Path()
-    """Repository, or any folder in it, whose index is searched."""
-    index: Path | None = None
-    """Folder of the index, where `index --out` put it elsewhere."""
-    top_k: int = 10
-    """Hits to show."""
-    mode: Literal["hybrid", "vector", "lexical"] = "hybrid"
-    """Meaning and words together, or one of them; lexical needs no model."""
-    language: tuple[Language, ...] = ()
-    """Only units of these languages."""
-    path: tuple[str, ...] = ()
-    """Only files that match one of these patterns, in .gitignore syntax."""
-    kind: tuple[Literal["function", "method", "class", "module"], ...] = ()
-    """Only units of these kinds."""
-    vector_weight: float = 1.0
-    """Share of the vector rank in the hybrid score."""
-    lexical_weight: float = 1.0
-    """Share of the lexical rank in the hybrid score."""
-    maxsim: bool = False
-    """Score a unit by its best block; needs an index made with --keep-blocks."""
-    model: str | None = None
-    """Load the index's model from here; it must be the same one."""
-    no_blocks: bool = False
-    """Do not look for the best block of each hit."""
-    no_check: bool = False
-    """Do not look whether files have changed since they were indexed."""
-    context: int = 6
-    """Lines of code to show per hit."""
-
-    def __post_init__(self) -> None:
-        """Check what tyro cannot."""
-        if not 1 <= self.top_k <= 1000:
-            raise ConfigError(f"top_k={self.top_k} must be from 1 to 1000")
-        if self.context < 0:
-            raise ConfigError(f"context={self.context} must be 0 or more")
-        for name in ("vector_weight", "lexical_weight"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1000:
-                raise ConfigError(f"{name}={value} must be from 0 to 1000")
-        if self.mode == "hybrid" and not self.vector_weight + self.lexical_weight:
-            raise ConfigError("vector_weight and lexical_weight are both 0: nothing is left to rank by")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StatusConfig:
-    """Which index `status` describes."""
-
-    repo: Positional[Path] = Path()
-    """Repository, or any folder in it."""
-    index: Path | None = None
-    """Folder of the index, where `index --out` put it elsewhere."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeConfig:
-    """How `serve` answers, and what it refuses."""
-
-    repo: Positional[Path] = Path()
-    """Repository, or any folder in it, whose index is served."""
-    index: Path | None = None
-    """Folder of the index, where `index --out` put it elsewhere."""
-    model: str | None = None
-    """Load the index's model from here; it must be the same one."""
-    transport: Literal["http", "stdio"] = "http"
-    """HTTP on a port, or one JSON object a line on stdin and stdout."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = 7531
-    """Port to listen on; 0 takes a free one and prints it."""
-    allow_remote: bool = False
-    """Permit an address that other machines can reach. There is no login: anyone who can connect
-    can read the indexed code."""
-    max_body_bytes: int = 65_536
-    """Largest request."""
-    max_query_characters: int = 2_000
-    """Longest query."""
-    max_top_k: int = 100
-    """Most hits in one answer."""
-    max_requests: int = 8
-    """Requests at a time, running and waiting; more are refused with 503."""
-    max_connections: int = 64
-    """Open connections; more are closed at once."""
-    timeout_seconds: float = 10.0
-    """For a client to send its request, and for a request to be answered."""
-
-    def __post_init__(self) -> None:
-        """Check what tyro cannot."""
-        if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"port={self.port} must be from 0 to 65535")
-        for name in (
-            "max_body_bytes", "max_query_characters", "max_top_k", "max_requests", "max_connections"
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.timeout_seconds <= 3600:
-            raise ConfigError(f"timeout_seconds={self.timeout_seconds} must be above 0, at most 3600")
+        """Check that there is something to mine."""
+        if not self.sources:
+            raise ConfigError("sources is empty; name at least one archive, folder or package")
+        if not self.languages:
+            raise ConfigError("languages is empty; name at least one")
+        for name in ("min_code_lines", "min_doc_words", "max_doc_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("workers", self.workers, 0)

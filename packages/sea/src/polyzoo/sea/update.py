@@ -12,7 +12,7 @@ from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import FolderLock, remove_stale
 from polyzoo.sea import lexical
 from polyzoo.sea.catalog import Catalog
-from polyzoo.sea.config import IndexConfig
+from polyzoo.sea.search_config import IndexConfig
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import PendingEmbedder
 from polyzoo.sea.index import (

@@ -51,7 +51,8 @@ CREATE VIRTUAL TABLE lexicon USING fts5 (
 """
 """`live` units are what readers see. Units of changed files wait with live = 0, together with
 staged_files and moved_units (unchanged functions whose lines or names moved), until one transaction
-makes them live. dead_units are numbers whose vectors are still to be removed from the store."""
+makes them live. dead_units are numbers whose vectors are still to be removed from the store.
+`embedded` is 0 while a vector is missing, 1 when the store has it, 2 when the model has none to give."""
 
 CLOCK_STEP_NS = 2_000_000_000
 """The coarsest clock of a file system in use."""
@@ -215,9 +216,9 @@ class Catalog:
         return [(row[0], row[1]) for row in self.rows(sql, (expression, *values, limit))]
 
     def coverage(self) -> tuple[int, int]:
-        """Return how many live units there are, and how many of them have a vector."""
+        """Return how many live units can have a vector, and how many have one."""
         total, embedded = self.rows(
-            "SELECT count(*), coalesce(sum(embedded), 0) FROM units WHERE live = 1"
+            "SELECT count(*), coalesce(sum(embedded), 0) FROM units WHERE live = 1 AND embedded < 2"
         )[0]
         return int(total), int(embedded)
 
@@ -294,7 +295,7 @@ def _conditions(where: Filter | None) -> tuple[str, list[Any]]:
 
 def _unit(row: tuple[Any, ...]) -> UnitRow:
     *plain, gaps, content, embedded, blocks = row
-    return UnitRow(*plain, _pairs(gaps), content, bool(embedded), _pairs(blocks or "[]"))
+    return UnitRow(*plain, _pairs(gaps), content, embedded == 1, _pairs(blocks or "[]"))
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:

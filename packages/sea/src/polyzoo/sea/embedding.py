@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from polyzoo.core.errors import DataError
-from polyzoo.core.log import progress
+from polyzoo.core.log import get_logger, progress
 from polyzoo.sea.embedder import Embedder
 from polyzoo.sea.index import IndexSettings, check_model
 from polyzoo.sea.staging import Staging, WaitingUnit
 from polyzoo.sea.stores import Ids, Points, VectorStore, Vectors
+
+logger = get_logger(__name__)
 
 _UNITS_PER_BATCH = 128
 _BLOCK_BITS = 12
@@ -79,8 +81,10 @@ def embed_waiting(
             twins = staging.twins({unit.hash for unit in batch})
             old = [unit for unit in batch if unit.hash in twins]
             new = [unit for unit in batch if unit.hash not in twins]
-            blocks = _copy(old, twins, stores) if old else {}
-            copied += len(blocks)
+            blocks: dict[int, str | None] = {}
+            if old:
+                blocks |= _copy(old, twins, stores)
+                copied += len(old)
             if new:
                 # Equal texts within the batch are encoded once; the rest find it as their twin.
                 first = list({unit.hash: unit for unit in reversed(new)}.values())
@@ -112,19 +116,37 @@ def _copy(
 
 def _encode(
     units: Sequence[WaitingUnit], stores: Sequence[VectorStore], model: Embedder
-) -> dict[int, str]:
+) -> dict[int, str | None]:
+    """Encode units; one the model has no vector for does not keep the others from theirs."""
+    try:
+        return _encode_all(units, stores, model)
+    except DataError as error:
+        if len(units) == 1:
+            raise _named(units[0], error) from error
+    blocks: dict[int, str | None] = {}
+    reasons: list[DataError] = []
+    for unit in units:
+        try:
+            blocks |= _encode_all([unit], stores, model)
+        except DataError as error:
+            reasons.append(_named(unit, error))
+            blocks[unit.id] = None
+    if len(reasons) == len(units):  # not a matter of single units
+        raise reasons[0]
+    for reason in reasons:
+        logger.warning("%s; only its words can be searched", reason)
+    return blocks
+
+
+def _encode_all(
+    units: Sequence[WaitingUnit], stores: Sequence[VectorStore], model: Embedder
+) -> dict[int, str | None]:
     result = model.embed_code(
         [unit.text for unit in units], language=[unit.language for unit in units]
     )
     vectors = np.asarray(result.vectors, np.float32)
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        unit = units[int(np.flatnonzero(~finite)[0])]
-        raise DataError(
-            f"the model's vector of {unit.symbol!r} ({unit.language} {unit.kind}, "
-            f"{len(unit.text):,} characters) holds NaN or infinity; check the weights, or exclude "
-            "the file"
-        )
+    if not np.isfinite(vectors).all():
+        raise DataError("the model's vector holds NaN or infinity; check the weights")
     for store in stores[1:]:
         owners, numbers, rows = [], [], []
         for unit, block_vectors in zip(units, result.block_vectors, strict=True):
@@ -137,6 +159,10 @@ def _encode(
         unit.id: json.dumps([[block.first_line, block.last_line] for block in split.blocks])
         for unit, split in zip(units, result.splits, strict=True)
     }
+
+
+def _named(unit: WaitingUnit, error: DataError) -> DataError:
+    return DataError(f"{unit.language} {unit.kind} {unit.symbol!r} has no vector: {error}")
 
 
 def _points(units: Sequence[WaitingUnit], numbers: Ids, vectors: Vectors) -> Points:

@@ -82,8 +82,8 @@ class Staging:
         file_number = file.id or number
         moved, fresh = [], []
         for unit in units:
-            text, gaps = _compact(unit)
-            content = _content_hash(file.language, unit.kind, text)
+            text, gaps = compact(unit)
+            content = unit_hash(file.language, unit.kind, text)
             place = (unit.symbol, unit.first_line, unit.last_line, unit.signature, unit.docstring)
             if known[content]:
                 moved.append((known[content].popleft(), file_number, *place, json.dumps(gaps)))
@@ -145,12 +145,16 @@ class Staging:
         )
         return {content: (number, blocks) for content, number, blocks in found}
 
-    def mark_embedded(self, blocks: Mapping[int, str]) -> None:
-        """Say that units have vectors, and where their blocks are (JSON of line pairs)."""
+    def mark_embedded(self, blocks: Mapping[int, str | None]) -> None:
+        """Say that units have vectors, and where their blocks are (JSON of line pairs).
+
+        None in place of the blocks says that the model has no vector for the unit.
+        """
         with self.catalog.transaction():
             for number, spans in blocks.items():
                 self.catalog.execute(
-                    "UPDATE units SET embedded = 1, blocks = ? WHERE id = ?", (spans, number)
+                    "UPDATE units SET embedded = ?, blocks = ? WHERE id = ?",
+                    (2 if spans is None else 1, spans, number),
                 )
 
     def dead(self) -> list[int]:
@@ -236,12 +240,12 @@ def _stat(file: FileRow) -> tuple[str, int, int, int, str]:
     return file.language, file.size, file.mtime_ns, file.read_ns, file.hash
 
 
-def _content_hash(language: str, kind: str, text: str) -> str:
+def unit_hash(language: str, kind: str, text: str) -> str:
     data = f"{language}\0{kind}\0{text}".encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _compact(unit: Unit) -> tuple[str, list[tuple[int, int]]]:
+def compact(unit: Unit) -> tuple[str, list[tuple[int, int]]]:
     """Close the holes that a class's or module's own units leave in its text.
 
     So that editing a method, which changes the length of its hole, does not change its class. Returns

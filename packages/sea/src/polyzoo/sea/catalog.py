@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from polyzoo.core.errors import DataError, PolyzooError
 from polyzoo.sea import lexical
 from polyzoo.sea.stores.base import Filter
 
+T = TypeVar("T")
+
 _BUSY_SECONDS = 30
-_DISK = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
+_DISK = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+}
 
 SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -35,6 +42,7 @@ CREATE INDEX units_by_file ON units (file);
 CREATE INDEX units_by_hash ON units (hash);
 CREATE INDEX units_waiting ON units (id) WHERE embedded = 0;
 CREATE INDEX units_staged ON units (id) WHERE live = 0;
+CREATE INDEX units_state ON units (live, embedded);
 CREATE TABLE staged_files (
     path TEXT PRIMARY KEY, file INTEGER NOT NULL, language TEXT NOT NULL, size INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL, read_ns INTEGER NOT NULL, hash TEXT NOT NULL, skip TEXT, problem TEXT
@@ -56,6 +64,10 @@ makes them live. dead_units are numbers whose vectors are still to be removed fr
 
 CLOCK_STEP_NS = 2_000_000_000
 """The coarsest clock of a file system in use."""
+
+MATCHES_SCORED = 8_000
+"""About how many units a search by words scores: all that hold one of its rarest words. Scoring costs
+microseconds a unit, so a word that occurs everywhere must not decide which units are looked at."""
 
 FIELD_WEIGHTS = (4.0, 1.5, 2.0, 1.0)
 """BM25 weights of symbol, path, docstring and body."""
@@ -119,10 +131,14 @@ class Catalog:
         >>> Catalog(Path("catalog-1.sqlite")).counts()
     """
 
-    def __init__(self, path: Path, *, write: bool = False) -> None:
+    def __init__(self, path: Path, *, write: bool = False, create: bool = False) -> None:
         self.path = path
+        self._cache: dict[str, Any] = {}
+        self._cache_version = -1
         with self.explained():
-            self._db = _connect(path, write=write)
+            self._db = _connect(path, write=write, create=create)
+            if create:
+                self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
             self._db.execute("SELECT value FROM meta LIMIT 1")
 
     @classmethod
@@ -131,12 +147,7 @@ class Catalog:
         path.unlink(missing_ok=True)
         for suffix in ("-wal", "-shm"):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
-        catalog = cls.__new__(cls)
-        catalog.path = path
-        with catalog.explained():
-            catalog._db = _connect(path, write=True)
-            catalog._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
-        return catalog
+        return cls(path, write=True, create=True)
 
     def close(self) -> None:
         """Close the file."""
@@ -203,9 +214,19 @@ class Catalog:
         return {row[0] for row in found}
 
     def match(
-        self, expression: str, *, limit: int, where: Filter | None = None
+        self, terms: Sequence[str], *, limit: int, where: Filter | None = None
     ) -> list[tuple[int, float]]:
-        """Return numbers and BM25 scores of the best live units, best first, ties by number."""
+        """Return numbers and BM25 scores of the best live units, best first, ties by number.
+
+        Units that hold any of the words, as far as that is not more than `MATCHES_SCORED`; beyond,
+        those that hold one of the rarest words, which then count twice. All words are scored.
+        """
+        if not terms:
+            return []
+        expression = lexical.any_of(terms)
+        rare = self._rarest(terms)
+        if len(rare) < len(terms):
+            expression = f"({lexical.any_of(rare)}) AND ({expression})"
         weights = ", ".join(map(str, FIELD_WEIGHTS))
         conditions, values = _conditions(where)
         # The score is lower for better matches in FTS5; turned round here.
@@ -214,6 +235,31 @@ class Catalog:
                   WHERE lexicon MATCH ? {conditions}
                   ORDER BY score DESC, l.rowid LIMIT ?"""  # noqa: S608 - only literals are put in
         return [(row[0], row[1]) for row in self.rows(sql, (expression, *values, limit))]
+
+    def _rarest(self, terms: Sequence[str]) -> list[str]:
+        counts = self.cached("terms", dict)
+        for term in terms:
+            if term not in counts:
+                sql = "SELECT count(*) FROM lexicon WHERE lexicon MATCH ?"
+                counts[term] = self.rows(sql, (lexical.any_of([term]),))[0][0]
+        order = sorted((counts[term], place) for place, term in enumerate(terms))
+        kept, total = [], 0
+        for count, place in order:
+            total += count
+            if total > MATCHES_SCORED and any(counts[term] for term in kept):
+                break
+            kept.append(terms[place])
+        return kept
+
+    def cached(self, name: str, make: Callable[[], T]) -> T:
+        """Return a value made once and kept until another process changes the catalog."""
+        version = self.rows("PRAGMA data_version")[0][0]
+        if self._cache_version != version:
+            self._cache.clear()
+            self._cache_version = version
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
 
     def coverage(self) -> tuple[int, int]:
         """Return how many live units can have a vector, and how many have one."""
@@ -258,9 +304,9 @@ class Catalog:
         return DataError(f"{self.path} is damaged ({error}); build the index again with --rebuild")
 
 
-def _connect(path: Path, *, write: bool) -> sqlite3.Connection:
+def _connect(path: Path, *, write: bool, create: bool) -> sqlite3.Connection:
     uri = path.absolute().as_uri()
-    mode = "rwc" if write else "ro"
+    mode = "rwc" if create else "rw" if write else "ro"
     # One thread at a time uses a connection, not always the one that opened it.
     options: dict[str, Any] = {
         "uri": True, "timeout": _BUSY_SECONDS, "isolation_level": None, "check_same_thread": False

@@ -102,7 +102,9 @@ def _copy(
     found, vectors = stores[0].get(sources)
     if len(found) != len(sources):
         missing = np.setdiff1d(sources, found)[0]
-        raise DataError(f"the vector of unit {missing} is gone; build the index again with --rebuild")
+        raise DataError(
+            f"the vector of unit {missing} is gone; build the index again with --rebuild"
+        )
     stores[0].upsert(_points(units, np.array([unit.id for unit in units], np.int64), vectors))
     for store in stores[1:]:
         for unit in units:

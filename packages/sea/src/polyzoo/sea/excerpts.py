@@ -72,10 +72,25 @@ def _excerpt(unit: UnitRow, query: str, scores: Vectors | None, context: int) ->
         last_line=unit.file_line(last),
         score=None if scores is None else float(scores[best]),
         lines=tuple(
-            CodeLine(number=unit.file_line(place), text=text[place].rstrip("\r").expandtabs(4)[:400])
-            for place in places
+            CodeLine(number=unit.file_line(place), text=line)
+            for place, line in zip(
+                places, _dedented([text[place] for place in places]), strict=True
+            )
         ),
     )
+
+
+def _dedented(lines: Sequence[str]) -> list[str]:
+    """Lines as shown: without the indentation they share. A unit begins at its first character, so
+    its first line has lost its own."""
+    plain = [line.rstrip().expandtabs(4)[:400] for line in lines]
+    indents = [len(line) - len(line.lstrip()) for line in plain[1:]]
+    shared = min(indents, default=0)
+    if plain and not plain[0].startswith(" "):
+        # The body of a unit is one step deeper than its head.
+        shared = max(0, shared - 4) if shared else 0
+        return [plain[0], *(line[shared:] for line in plain[1:])]
+    return [line[min(shared, len(line) - len(line.lstrip())) :] for line in plain]
 
 
 def _first_code_line(text: Sequence[str]) -> int:
@@ -87,6 +102,7 @@ def _by_words(text: Sequence[str], blocks: Sequence[tuple[int, int]], query: str
         return 0
     wanted = set(words(query).split()) - STOP_WORDS
     counts = [
-        len(wanted & set(words("\n".join(text[first : last + 1])).split())) for first, last in blocks
+        len(wanted & set(words("\n".join(text[first : last + 1])).split()))
+        for first, last in blocks
     ]
     return int(np.argmax(counts))

@@ -150,7 +150,7 @@ class CodeIndex:
 
     def state(self) -> IndexState:
         """Say how complete the index is."""
-        units, embedded = self.catalog.coverage()
+        units, embedded = self.catalog.cached("coverage", self.catalog.coverage)
         writer = lock_holder(self.folder)
         return IndexState(
             units=units,

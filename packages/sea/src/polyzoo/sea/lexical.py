@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 VERSION = 1
@@ -65,13 +66,18 @@ def _split_any_script(word: str) -> list[str]:
     return parts
 
 
-def match_expression(query: str) -> str | None:
-    """Turn what a person typed into an FTS5 expression that matches any of its words.
+def query_terms(query: str) -> list[str]:
+    """Return the words to look for in what a person typed.
 
     Words that say nothing about code are left out unless nothing else is there; an identifier is
-    looked for whole and in parts. None when the query has no word at all.
+    looked for whole and in parts.
     """
     found = dict.fromkeys(part for word in _WORD.findall(query) for part in split_word(word))
     telling = [word for word in found if word not in STOP_WORDS] or list(found)
+    return telling[:MAX_QUERY_TERMS]
+
+
+def any_of(terms: Sequence[str]) -> str:
+    """Return an FTS5 expression that matches any of the words."""
     # Quoted, so that AND, NOT, NEAR and column names are words like any other.
-    return " OR ".join(f'"{word}"' for word in telling[:MAX_QUERY_TERMS]) or None
+    return " OR ".join(f'"{term}"' for term in terms)

@@ -17,7 +17,7 @@ from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import unit_of_block
 from polyzoo.sea.excerpts import Excerpts
 from polyzoo.sea.index import CodeIndex, Freshness, IndexState, find_folder
-from polyzoo.sea.lexical import match_expression
+from polyzoo.sea.lexical import query_terms
 from polyzoo.sea.locating import Locator
 from polyzoo.sea.results import Hit, SearchResult
 from polyzoo.sea.search_config import SearchConfig
@@ -96,9 +96,7 @@ class Searcher:
             self._checked = True
         return self._embedder
 
-    def search(
-        self, request: SearchRequest, *, freshness: Freshness | None = None
-    ) -> SearchResult:
+    def search(self, request: SearchRequest, *, freshness: Freshness | None = None) -> SearchResult:
         """Answer a question.
 
         Args:
@@ -128,10 +126,9 @@ class Searcher:
                 vector = self._rank_vectors(query, request, where)
         if mode != "vector":
             with clock.measure("words"):
-                expression = match_expression(request.query)
+                terms = query_terms(request.query)
                 depth = max(_DEPTH, 4 * request.top_k)
-                if expression:
-                    words = self.index.catalog.match(expression, limit=depth, where=where)
+                words = self.index.catalog.match(terms, limit=depth, where=where)
         best = _fuse(vector, words, request, mode)
         with clock.measure("blocks"):
             hits = self._hits(best, vector, words, query, request)
@@ -214,7 +211,9 @@ class Searcher:
         blocks = [None] * len(shown)
         if request.blocks:
             excerpts = Excerpts(self.index, self._embedder if query is not None else None)
-            blocks = excerpts.of([place.unit for place in places], request.query, query, request.context)
+            blocks = excerpts.of(
+                [place.unit for place in places], request.query, query, request.context
+            )
         hits = []
         for rank, ((number, score), place, block) in enumerate(
             zip(shown, places, blocks, strict=True), start=1
@@ -305,7 +304,9 @@ def _notices(
     if freshness and freshness.count:
         kinds = ("changed", "added", "removed")
         parts = [f"{len(names):,} {kind}" for kind in kinds if (names := getattr(freshness, kind))]
-        found.append(f"files have changed since indexing ({', '.join(parts)}); update with: {again}")
+        found.append(
+            f"files have changed since indexing ({', '.join(parts)}); update with: {again}"
+        )
     return tuple(found)
 
 

@@ -97,7 +97,9 @@ class SearchConfig:
             if not 0 <= value <= 1000:
                 raise ConfigError(f"{name}={value} must be from 0 to 1000")
         if self.mode == "hybrid" and not self.vector_weight + self.lexical_weight:
-            raise ConfigError("vector_weight and lexical_weight are both 0: nothing is left to rank by")
+            raise ConfigError(
+                "vector_weight and lexical_weight are both 0: nothing is left to rank by"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +131,8 @@ class ServeConfig:
     allow_remote: bool = False
     """Permit an address that other machines can reach. There is no login: anyone who can connect
     can read the indexed code."""
+    allow_host: tuple[str, ...] = ()
+    """Further names that clients may call this server by, behind a proxy for example."""
     max_body_bytes: int = 65_536
     """Largest request."""
     max_query_characters: int = 2_000
@@ -152,4 +156,6 @@ class ServeConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.timeout_seconds <= 3600:
-            raise ConfigError(f"timeout_seconds={self.timeout_seconds} must be above 0, at most 3600")
+            raise ConfigError(
+                f"timeout_seconds={self.timeout_seconds} must be above 0, at most 3600"
+            )

@@ -88,7 +88,15 @@ class Staging:
             if known[content]:
                 moved.append((known[content].popleft(), file_number, *place, json.dumps(gaps)))
             else:
-                row = (file_number, file.language, unit.kind, *place, text, json.dumps(gaps), content)
+                row = (
+                    file_number,
+                    file.language,
+                    unit.kind,
+                    *place,
+                    text,
+                    json.dumps(gaps),
+                    content,
+                )
                 fresh.append((spare[len(fresh)], *row))
         for values in moved:
             self.catalog.execute("INSERT INTO moved_units VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)

@@ -86,7 +86,9 @@ def walk(root: Path, rules: WalkRules, skipped: Skipped) -> Iterator[SourceFile]
     try:
         os.listdir(root)  # noqa: PTH208 - only whether it may be read
     except OSError as error:
-        raise DataError(f"{root} cannot be read ({error.strerror}); check its permissions") from None
+        raise DataError(
+            f"{root} cannot be read ({error.strerror}); check its permissions"
+        ) from None
     root = root.resolve()
     include = compile_patterns(rules.include, option="include") if rules.include else None
     exclude = compile_patterns(rules.exclude, option="exclude")
@@ -287,4 +289,6 @@ def _ignores_above(root: Path) -> list[_Ignore]:
                 return []
             if verdict is False:
                 break
-    return [_Ignore("", "".join(f"{part}/" for part in parts[depth:]), spec) for depth, spec in specs]
+    return [
+        _Ignore("", "".join(f"{part}/" for part in parts[depth:]), spec) for depth, spec in specs
+    ]

@@ -9,7 +9,16 @@ from typing import Literal
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.stores.base import Filter, Ids, Points, VectorStore, Vectors
 
-__all__ = ["Filter", "Ids", "Points", "StoreKind", "StorePlace", "VectorStore", "Vectors", "open_store"]
+__all__ = [
+    "Filter",
+    "Ids",
+    "Points",
+    "StoreKind",
+    "StorePlace",
+    "VectorStore",
+    "Vectors",
+    "open_store",
+]
 
 StoreKind = Literal["local", "qdrant", "lancedb"]
 

@@ -154,7 +154,9 @@ class LocalStore(VectorStore):
         except FileNotFoundError:
             raise DataError(f"{self.folder}: no vectors here; build the index again") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._pointer} is damaged ({error}); build the index again") from None
+            raise DataError(
+                f"{self._pointer} is damaged ({error}); build the index again"
+            ) from None
         if dim != self.dim or dtype != self._dtype.name:
             raise DataError(
                 f"{self.folder} holds {dtype} vectors of {dim} channels, not {self._dtype.name} of "
@@ -211,9 +213,7 @@ class LocalStore(VectorStore):
             epoch, log_bytes, row_of_entry[entries], kept, matrix, np.argsort(kept["id"])
         )
 
-    def _append(
-        self, rows: npt.NDArray[np.floating] | None, entries: npt.NDArray[np.void]
-    ) -> None:
+    def _append(self, rows: npt.NDArray[np.floating] | None, entries: npt.NDArray[np.void]) -> None:
         matrix, log = self._open_for_writing()
         sizes = matrix.seek(0, os.SEEK_END), log.seek(0, os.SEEK_END)
         try:

@@ -11,7 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="folder with stored reference cases, one folder a package (or the cases of one package); "
+        help="folder with stored reference cases: one folder a package, or one package's cases; "
         "may be given several times; default tests/parity",
     )
     parser.addoption(

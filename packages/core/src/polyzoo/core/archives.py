@@ -7,9 +7,10 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -40,7 +41,9 @@ class _Entry:
     name: str
     is_file: bool
     is_folder: bool
-    open: zipfile.ZipInfo | tarfile.TarInfo
+    offset: int
+    """Unpacked bytes that had to be read to get here."""
+    open: Callable[[], IO[bytes] | None]
 
 
 def extract(
@@ -76,7 +79,7 @@ def extract(
         for count, entry in enumerate(_entries(opened), start=1):
             if count > limits.files:
                 raise DataError(f"{archive}: more than {limits.files:,} entries")
-            if isinstance(entry.open, tarfile.TarInfo) and entry.open.offset_data > 2 * allowed:
+            if entry.offset > 2 * allowed:
                 raise DataError(f"{archive}: unpacks to more than {allowed:,} bytes")
             if wanted is not None and entry.name not in wanted:
                 continue
@@ -85,7 +88,7 @@ def extract(
                 path.mkdir(parents=True, exist_ok=True)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out, _stream(opened, entry) as source:
+            with path.open("wb") as out, _stream(entry) as source:
                 while chunk := source.read(_CHUNK):
                     written += len(chunk)
                     if written > allowed:
@@ -133,21 +136,19 @@ def _entries(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[_Entry]:
         for info in opened.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)
             regular = kind in (0, stat.S_IFREG)
-            yield _Entry(info.filename, regular and not info.is_dir(), info.is_dir(), info)
+            is_file = regular and not info.is_dir()
+            yield _Entry(info.filename, is_file, info.is_dir(), 0, partial(opened.open, info))
     else:
         for member in opened:
-            yield _Entry(member.name, member.isreg(), member.isdir(), member)
+            reader = partial(opened.extractfile, member)
+            yield _Entry(member.name, member.isreg(), member.isdir(), member.offset_data, reader)
 
 
 @contextmanager
-def _stream(opened: zipfile.ZipFile | tarfile.TarFile, entry: _Entry) -> Iterator[IO[bytes]]:
-    if isinstance(opened, zipfile.ZipFile):
-        assert isinstance(entry.open, zipfile.ZipInfo)
-        source: IO[bytes] | None = opened.open(entry.open)
-    else:
-        assert isinstance(entry.open, tarfile.TarInfo)
-        source = opened.extractfile(entry.open)
-    assert source is not None  # only regular files come here
+def _stream(entry: _Entry) -> Iterator[IO[bytes]]:
+    source = entry.open()
+    if source is None:
+        raise DataError(f"{entry.name!r} in the archive has no content")
     with source:
         yield source
 

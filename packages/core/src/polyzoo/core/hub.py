@@ -1,4 +1,4 @@
-"""Models in folders and on the hub: config.json, model.safetensors, README.md; local files first."""
+"""Models in folders and on the hub: config.json, model.safetensors, README.md."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def push_to_hub(
     try:
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(PATTERNS))
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(PATTERNS)
+        )
     except Exception as error:  # the client raises several libraries' errors
         raise PolyzooError(f"{repo_id}: could not be uploaded: {_first_line(error)}") from error
     return str(commit.commit_url)
@@ -140,16 +142,18 @@ def _from_hub(name: str, revision: str | None, local_files_only: bool, token: st
     except LocalEntryNotFoundError as error:
         why = "local_files_only is set" if local_files_only else "the hub cannot be reached"
         raise WeightsError(
-            f"{name}{at}: no such folder, not in the hub's local cache, and {why}; give a local folder, "
-            "or fetch it once with a network"
+            f"{name}{at}: no such folder, not in the hub's local cache, and {why}; give a local "
+            "folder, or fetch it once with a network"
         ) from error
     except RepositoryNotFoundError as error:
         raise WeightsError(
-            f"{name}{at}: no such folder, and the hub shows no such repository; if it is private or "
-            "gated, pass token="
+            f"{name}{at}: no such folder, and the hub shows no such repository; if it is private "
+            "or gated, pass token="
         ) from error
     except Exception as error:  # the client raises several libraries' errors
-        raise WeightsError(f"{name}{at}: no such folder, and the hub says: {_first_line(error)}") from error
+        raise WeightsError(
+            f"{name}{at}: no such folder, and the hub says: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

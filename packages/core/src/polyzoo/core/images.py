@@ -75,7 +75,9 @@ def open_image(
     except PermissionError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{name}: is not one of {', '.join(FORMATS)}, or its start is damaged") from None
+        raise DataError(
+            f"{name}: is not one of {', '.join(FORMATS)}, or its start is damaged"
+        ) from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: has more than {max_pixels:,} pixels") from None
     except Exception as error:  # decoders raise whatever they like on damaged files
@@ -92,8 +94,8 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(
-            f"{name}: {width} x {height} is more than {max_pixels:,} pixels; scale it down, or raise "
-            "max_pixels"
+            f"{name}: {width} x {height} is more than {max_pixels:,} pixels; scale it down, or "
+            "raise max_pixels"
         )
     if not width * height:
         raise DataError(f"{name}: {width} x {height} holds no pixels")

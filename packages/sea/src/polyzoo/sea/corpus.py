@@ -1,4 +1,4 @@
-"""Mine documented functions from packages into CodeSearchNet files, split by package. Torch-free."""
+"""Mine documented functions into CodeSearchNet files, split by package. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,57 +11,24 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_write
 from polyzoo.sea import languages, licences
 from polyzoo.sea.config import CorpusConfig
+from polyzoo.sea.corpus_report import CorpusReport, PackageReport
 from polyzoo.sea.mining import MinedFile, MineTask, mine_files
 from polyzoo.sea.sources import Package, guessed_name, normalise, open_package
 
 PARTITIONS = ("test", "valid", "train")
-LENGTH_EDGES = (32, 64, 128, 256, 512, 1024)
 _FILES_PER_TASK = 48
 
 
-@dataclass(kw_only=True)
-class PackageReport:
-    """What one package gave."""
-
-    name: str
-    version: str
-    license: str
-    partition: str
-    pairs: int = 0
-    undocumented: int = 0
-    longer_than_256: int = 0
-    """Pairs whose code has more than 256 lexer tokens."""
-
-
-@dataclass(kw_only=True)
-class CorpusReport:
-    """What `build_corpus` did: written beside the corpus as report.json."""
-
-    files: dict[str, str] = field(default_factory=dict)
-    pairs: dict[str, int] = field(default_factory=dict)
-    undocumented: int = 0
-    functions: int = 0
-    source_files: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
-    """Functions or files left out, by reason."""
-    failed_files: list[str] = field(default_factory=list)
-    """The first few files that could not be read, with the reason."""
-    skipped_sources: dict[str, str] = field(default_factory=dict)
-    packages: list[PackageReport] = field(default_factory=list)
-    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per partition: pairs by number of lexer tokens of the code, upper edge of the bin -> count."""
-
-
 def build_corpus(config: CorpusConfig) -> CorpusReport:
-    """Write train, valid and test .jsonl.gz files and report.json; the same sources give the same bytes.
+    """Write train, valid and test .jsonl.gz and report.json; equal sources give equal bytes.
 
     Exact duplicates of code or of documentation are kept once over the whole corpus: in test before
     valid before train, so that evaluation does not depend on what is trained on.
@@ -87,31 +54,13 @@ def build_corpus(config: CorpusConfig) -> CorpusReport:
     _write(config, rows, report)
     if not any(report.pairs.values()) and not report.undocumented:
         raise DataError(
-            f"no pair found in {len(sources)} sources; reasons: {report.refused or 'no source files'}"
+            f"no pair found in {len(sources)} sources; reasons: "
+            f"{report.refused or report.skipped_sources or 'no source files'}"
         )
     with atomic_write(config.out / "report.json", "w") as file:
         json.dump(asdict(report), file, indent=1, ensure_ascii=False)
         file.write("\n")
     return report
-
-
-def render(report: CorpusReport) -> str:
-    """The report for people."""
-    lines = [f"{name}: {count:,} pairs" for name, count in report.pairs.items()]
-    lines.append(f"functions seen: {report.functions:,} in {report.source_files:,} files")
-    if report.undocumented:
-        lines.append(f"undocumented functions: {report.undocumented:,}")
-    for package in report.packages:
-        lines.append(
-            f"  {package.partition:5} {package.name} {package.version} ({package.license}): "
-            f"{package.pairs:,} pairs, {package.longer_than_256:,} longer than 256 tokens"
-        )
-    refused = sorted(report.refused.items(), key=lambda item: -item[1])
-    lines.append("left out: " + ", ".join(f"{reason} {count:,}" for reason, count in refused))
-    lines.extend(f"skipped {name}: {reason}" for name, reason in report.skipped_sources.items())
-    lines.extend(f"failed {line}" for line in report.failed_files)
-    lines.extend(f"{name} -> {path}" for name, path in report.files.items())
-    return "\n".join(lines)
 
 
 def read_exclusions(path: Path) -> frozenset[str]:
@@ -134,9 +83,7 @@ def _partitions(config: CorpusConfig) -> dict[str, str]:
     return partitions
 
 
-def _accepted(
-    config: CorpusConfig, partitions: dict[str, str], report: CorpusReport
-) -> list[str]:
+def _accepted(config: CorpusConfig, partitions: dict[str, str], report: CorpusReport) -> list[str]:
     """The sources to open, in a fixed order; excluded ones are not even unpacked."""
     excluded = _excluded(config)
     both = sorted(excluded & set(partitions))
@@ -236,7 +183,7 @@ def _write(
                     kept = _keep(record, seen, refused)
                     if kept and record["docstring_tokens"]:
                         outputs[partition].write(_line(record))
-                        _count(record, entry, report)
+                        report.count(entry, length=len(record["code_tokens"]))
                     elif kept and bare is not None:
                         bare.write(_line(record))
                         entry.undocumented += 1
@@ -246,7 +193,11 @@ def _write(
         for partition in reversed(PARTITIONS)
     }
     report.undocumented = sum(row.undocumented for row in report.packages)
-    report.files = {name: str(config.out / f"{name}.jsonl.gz") for name in reversed(PARTITIONS) if name in outputs}
+    report.files = {
+        name: str(config.out / f"{name}.jsonl.gz")
+        for name in reversed(PARTITIONS)
+        if name in outputs
+    }
     if config.undocumented:
         report.files["undocumented"] = str(config.undocumented)
 
@@ -273,23 +224,13 @@ def _keep(record: dict[str, Any], seen: dict[str, set[Any]], refused: Counter[st
     return True
 
 
-def _count(record: dict[str, Any], entry: PackageReport, report: CorpusReport) -> None:
-    length = len(record["code_tokens"])
-    entry.pairs += 1
-    entry.longer_than_256 += length > 256
-    bins = report.lengths.setdefault(
-        entry.partition, {**{str(edge): 0 for edge in LENGTH_EDGES}, "more": 0}
-    )
-    bins[next((str(edge) for edge in LENGTH_EDGES if length <= edge), "more")] += 1
-
-
 def _line(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 @contextmanager
-def _jsonl(path: Path) -> Iterator[IO[bytes]]:
-    """A gzip file with neither name nor time in its header, so that equal content is equal bytes."""
+def _jsonl(path: Path) -> Iterator[gzip.GzipFile]:
+    """A gzip file without name and time in its header: equal content is equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         atomic_write(path) as file,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _TINY_TAIL = 100.0
 """Cost of a last block below `min_size`: more than any sum of border costs that it could save."""
@@ -36,7 +37,8 @@ def choose_cuts(
     """Starts of the blocks of `size` items; the first is 0, no block is larger than `capacity`.
 
     Args:
-        levels: Borders of level 1, 2, ...; an item border inside a part no level divides is the last resort.
+        levels: Borders of level 1, 2, ...; inside a part that no level divides,
+            any item may begin a block.
         size: Number of items.
         capacity: Most items a block may hold, at least 1.
         min_size: A last block smaller than this is avoided where the number of blocks allows, and
@@ -61,11 +63,14 @@ def _divide(
     capacity: int,
     min_size: int,
 ) -> list[list[int]]:
-    """Runs of border positions: every run begins with a forced cut, and no two neighbours in it are
-    further apart than `capacity`. What follows a part that was divided joins its last run."""
+    """Runs of border positions; every run begins with a forced cut.
+
+    No two neighbours in a run are further apart than `capacity`. What follows a part that was
+    divided joins its last run.
+    """
     points = _points(levels, level, start, end, min_size)
     runs: list[list[int]] = [[start]]
-    for first, last in zip(points, points[1:], strict=False):
+    for first, last in pairwise(points):
         if last - first <= capacity:
             runs[-1].append(last)
             continue
@@ -99,7 +104,7 @@ def _points(
 def _even(start: int, end: int, capacity: int) -> list[list[int]]:
     count = -(-(end - start) // capacity)
     edges = [start + (end - start) * index // count for index in range(count + 1)]
-    return [[first, last] for first, last in zip(edges, edges[1:], strict=False)]
+    return [[first, last] for first, last in pairwise(edges)]
 
 
 def _cut_part(

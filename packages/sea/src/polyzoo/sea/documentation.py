@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
+from polyzoo.sea import languages
 from polyzoo.sea.parsing import ParsedSource
 
 if TYPE_CHECKING:
@@ -37,6 +38,27 @@ def string_docstring(body: tree_sitter.Node | None) -> tree_sitter.Node | None:
         inner = child.named_children[0]
         return child if inner.type in ("string", "concatenated_string") else None
     return None
+
+
+def docstring_spans(tree: ParsedSource) -> list[tuple[int, int]]:
+    """The characters of all documentation: of the text, its classes and functions, at any depth."""
+    if tree.language == "python":
+        found = languages.captures(languages.python_docstrings_query(), tree.root)
+        return [
+            tree.span(node)
+            for node in found.get("docstring", [])
+            # `"%s" % x` and `"a", "b"` are expressions; a docstring stands alone.
+            if node.named_child_count == 1
+        ]
+    if not tree.comments:
+        return []
+    found = languages.captures(languages.definitions_query(tree.language), tree.root)
+    spans = {
+        comment_above(tree, tree.offset(tree.statement_of(node).start_byte))
+        for role in ("function", "class")
+        for node in found.get(role, [])
+    }
+    return sorted(span for span in spans if span is not None)
 
 
 def plain_string(source: str) -> str:
@@ -110,4 +132,3 @@ def summary(documentation: str) -> str:
             continue
         lines.append(line.strip())
     return " ".join(lines)
-

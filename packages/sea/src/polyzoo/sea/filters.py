@@ -1,4 +1,4 @@
-"""Which functions make a code-search pair: CodeSearchNet's rules, one reason per refusal. Torch-free."""
+"""Which functions make a code-search pair: CodeSearchNet's rules. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ _GENERATED = re.compile(r"_pb2(?:_grpc)?\.|\.min\.|\.generated\.")
 _WORD = re.compile(r"\w+")
 _LEXEME = re.compile(r"\w+|[^\w\s]")
 _FOREIGN = frozenset(
-    "der und nicht ist mit von werden eine einen für le les des est pour dans que une sur avec el los "
-    "las para por una como del não uma com il che di per della sono".split()
+    (
+        *("der", "und", "nicht", "ist", "mit", "von", "werden", "eine", "einen", "für"),
+        *("le", "les", "des", "est", "pour", "dans", "que", "une", "sur", "avec"),
+        *("el", "los", "las", "para", "por", "una", "como", "del", "não", "uma", "com"),
+        *("il", "che", "di", "per", "della", "sono"),
+    )
 )
 _ENGLISH = frozenset(
-    "the a an of to and in is for be that this with are or if on it as by from not return returns "
-    "get set".split()
+    (
+        *("the", "a", "an", "of", "to", "and", "in", "is", "for", "be", "that", "this", "with"),
+        *("are", "or", "if", "on", "it", "as", "by", "from", "not", "return", "returns", "get"),
+        "set",
+    )
 )
 _CONSTRUCTORS = {
     "python": frozenset(),

@@ -1,4 +1,4 @@
-"""The six languages: grammar wheels (imported on first use), file suffixes, node types. Torch-free."""
+"""The six languages: grammars (imported on first use), suffixes, node types. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import tree_sitter
 
 MAX_SOURCE_BYTES = 8 * 1024 * 1024
-"""A tree takes about a hundred times its text; no function or file that people wrote comes near this."""
+"""A tree takes about a hundred times its text; no file that people wrote comes near this."""
 
 _CODING_COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
 
@@ -39,19 +39,20 @@ class Grammar:
     definitions: str
     wrappers: frozenset[str] = frozenset()
     method_shells: tuple[tuple[str, str], ...] = ()
-    """(before, after) texts to parse a lone member inside, tried in order when it has errors alone."""
+    """(before, after) texts to parse a lone member inside, where it has errors alone."""
 
 
 _C_COMMENTS = frozenset({"comment", "line_comment", "block_comment", "html_comment"})
 
-_JAVASCRIPT_DEFINITIONS = """
+_JAVASCRIPT_VALUES = "[(arrow_function) (function_expression) (generator_function)]"
+_JAVASCRIPT_DEFINITIONS = f"""
 (function_declaration) @function
 (generator_function_declaration) @function
 (method_definition) @function
-(variable_declarator value: [(arrow_function) (function_expression) (generator_function)]) @function
-(assignment_expression right: [(arrow_function) (function_expression) (generator_function)]) @function
-(pair value: [(arrow_function) (function_expression) (generator_function)]) @function
-(field_definition value: [(arrow_function) (function_expression) (generator_function)]) @function
+(variable_declarator value: {_JAVASCRIPT_VALUES}) @function
+(assignment_expression right: {_JAVASCRIPT_VALUES}) @function
+(pair value: {_JAVASCRIPT_VALUES}) @function
+(field_definition value: {_JAVASCRIPT_VALUES}) @function
 (class_declaration) @class
 (variable_declarator value: (class)) @class
 (assignment_expression right: (class)) @class
@@ -118,7 +119,8 @@ GRAMMARS: dict[str, Grammar] = {
         comments=frozenset({"comment"}),
         definitions="""
             [(function_definition) (method_declaration)] @function
-            [(class_declaration) (interface_declaration) (trait_declaration) (enum_declaration)] @class
+            [(class_declaration) (interface_declaration) (trait_declaration)
+             (enum_declaration)] @class
         """,
         method_shells=(("<?php class _ {", "}"),),
     ),
@@ -184,6 +186,25 @@ def definitions_query(name: str) -> tree_sitter.Query:
     import tree_sitter
 
     return tree_sitter.Query(language, grammar(name).definitions)
+
+
+_BODY_STRING = "(comment)* . (expression_statement [(string) (concatenated_string)]) @docstring"
+
+
+@cache
+def python_docstrings_query() -> tree_sitter.Query:
+    """The compiled query for the statements that are Python docstrings."""
+    language = get_language("python")
+    import tree_sitter
+
+    return tree_sitter.Query(
+        language,
+        f"""
+        (module . {_BODY_STRING})
+        (class_definition body: (block . {_BODY_STRING}))
+        (function_definition body: (block . {_BODY_STRING}))
+        """,
+    )
 
 
 @cache
@@ -255,11 +276,11 @@ def leaves(root: tree_sitter.Node, *, string_is_leaf: bool = True) -> Iterator[t
     cursor = root.walk()
     while True:
         node = cursor.node
-        assert node is not None  # a cursor always stands on a node
-        whole = string_is_leaf and node.type == "string"
+        whole = string_is_leaf and node is not None and node.type == "string"
         if not whole and cursor.goto_first_child():
             continue
-        yield node
+        if node is not None:
+            yield node
         while not cursor.goto_next_sibling():
             if not cursor.goto_parent():
                 return

@@ -18,7 +18,7 @@ _CLASSIFIERS = {
     "The Unlicense (Unlicense)": "Unlicense",
     "zlib/libpng License": "Zlib",
 }
-# Free-text statements, the first that matches; the order matters (LGPL before GPL, BSD-2 before BSD).
+# Free-text statements, the first that matches: LGPL before GPL, BSD-2 before BSD.
 _STATEMENTS = (
     (r"\bagpl|affero", "AGPL-3.0"),
     (r"\blgpl|lesser general", "LGPL-3.0"),

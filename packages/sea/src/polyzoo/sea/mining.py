@@ -1,4 +1,4 @@
-"""From source files to CodeSearchNet records: the part of corpus building that runs in parallel. Torch-free."""
+"""From source files to CodeSearchNet records, in parallel. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polyzoo.sea.units import Unit, units_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MineTask:
-    """Some files of one package, and the rules for them. Plain values: it travels between processes."""
+    """Some files of one package and the rules for them; plain values, for another process."""
 
     root: Path
     files: tuple[str, ...]
@@ -67,9 +67,7 @@ def _mine_file(task: MineTask, path: str) -> MinedFile:
     return mined
 
 
-def _mine_unit(
-    task: MineTask, mined: MinedFile, tree: ParsedSource, unit: Unit, path: str
-) -> None:
+def _mine_unit(task: MineTask, mined: MinedFile, tree: ParsedSource, unit: Unit, path: str) -> None:
     language = tree.language
     original = tree.text[unit.definition_start : unit.end]
     code = original

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # Read as blanks: a BOM and NUL (which grammars take for the end).
 _BLANKED = {0xFEFF: " ", 0x00: " "}
+_NOT_NEWLINE = re.compile(r"[^\r\n]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -73,9 +75,39 @@ class ParsedSource:
         start, end = self.span(node)
         return end <= start
 
-    def lexer_nodes(
-        self, start: int = 0, end: int | None = None
-    ) -> Iterator[tree_sitter.Node]:
+    def statement_of(self, node: tree_sitter.Node) -> tree_sitter.Node:
+        """The statement a definition is written as: with decorators, export, `const name =`."""
+        outer = node
+        parent = outer.parent
+        while parent is not None and parent.type in self.grammar.wrappers:
+            # `var a = function () {}, b = ...` is not one definition's; a decorator is.
+            siblings = sum(child.type != "decorator" for child in parent.named_children)
+            if siblings > (2 if parent.type in ("call", "assignment_expression") else 1):
+                break
+            # `private def f` in Ruby, but not a call that takes a long block.
+            if self.language == "ruby" and parent.start_point[0] != node.start_point[0]:
+                break
+            outer = parent
+            parent = outer.parent
+        return outer
+
+    def first_type(self) -> str:
+        """The type of the first statement of the text."""
+        node = self.root
+        while True:
+            children = [
+                child
+                for child in node.named_children
+                if child.type not in self.grammar.comments and not self.is_outside(child)
+            ]
+            if not children:
+                return node.type
+            node = children[0]
+            # What was put around the text begins before it.
+            if node.start_byte >= self._prefix:
+                return node.type
+
+    def lexer_nodes(self, start: int = 0, end: int | None = None) -> Iterator[tree_sitter.Node]:
         """Leaf nodes that begin within some characters, without comments; a string is one leaf."""
         end = len(self.text) if end is None else end
         first, last = self._byte(start), self._byte(end)
@@ -116,7 +148,7 @@ class ParsedSource:
     def _parse(self) -> tuple[int, tree_sitter.Tree, float]:
         """Parse as it stands, then inside each shell until one has no errors; keep the best."""
         parser = languages.parser(self.language)
-        best = None
+        best: tuple[tuple[float, int], int, tree_sitter.Tree] | None = None
         for before, after in self._shells():
             head = before.encode()
             # Some grammars want a line end after the last statement.
@@ -129,7 +161,8 @@ class ParsedSource:
                 best = (share, faults), len(head), tree
             if faults == 0:
                 break
-        assert best is not None  # _shells gives at least one
+        if best is None:
+            raise AssertionError("_shells gives at least one way to parse")
         return best[1], best[2], best[0][0]
 
     def _shells(self) -> list[tuple[str, str]]:
@@ -149,6 +182,30 @@ def clean(text: str) -> str:
     if not text.isascii() and _SURROGATE.search(text):
         text = _SURROGATE.sub("\ufffd", text)
     return text
+
+
+def blank(text: str, start: int, end: int, holes: list[tuple[int, int]]) -> str:
+    """`text[start:end]` with the (sorted) holes turned into spaces; line ends stay."""
+    parts = []
+    position = start
+    for first, last in holes:
+        if last > position:
+            parts.append(text[position : max(first, position)])
+            parts.append(_NOT_NEWLINE.sub(" ", text[max(first, position) : min(last, end)]))
+            position = last
+    parts.append(text[position:end])
+    return "".join(parts)
+
+
+class LineIndex:
+    """Line of a character offset, both counted from 0."""
+
+    def __init__(self, text: str) -> None:
+        self._starts = [0, *(match.end() for match in re.finditer("\n", text))]
+
+    def line(self, offset: int) -> int:
+        """The line that holds a character."""
+        return bisect_right(self._starts, offset) - 1
 
 
 def _errors(root: tree_sitter.Node, size: int) -> tuple[float, int]:

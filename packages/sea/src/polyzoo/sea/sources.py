@@ -1,4 +1,4 @@
-"""Where a corpus is mined: archives, folders and installed packages, read without running any code. Torch-free."""
+"""Where a corpus is mined: archives, folders, installed packages. No code runs. Torch-free."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def guessed_name(source: str) -> str:
 
 @contextmanager
 def open_package(source: str, *, suffixes: tuple[str, ...]) -> Iterator[Package]:
-    """Give a package's files with one of the suffixes; an archive is unpacked for as long as it is used.
+    """Give a package's files with one of the suffixes; an archive is unpacked meanwhile.
 
     Args:
         source: A wheel, zip or tar archive, a folder, or the name of an installed distribution.
@@ -101,9 +101,7 @@ def _folder(root: Path, source: Path, suffixes: tuple[str, ...], *, fallback: st
     for folder, folders, names in os.walk(root):
         folders[:] = [child for child in folders if child not in _SKIPPED_FOLDERS]
         paths = [Path(folder, child) for child in names if child.lower().endswith(suffixes)]
-        files.extend(
-            path.relative_to(root).as_posix() for path in paths if not path.is_symlink()
-        )
+        files.extend(path.relative_to(root).as_posix() for path in paths if not path.is_symlink())
     return Package(
         name=normalise(name or fallback),
         version=version,

@@ -1,9 +1,8 @@
-"""What an index holds of a file: functions, methods, class headers, module-level code. Torch-free."""
+"""What an index holds of a file: functions, methods, classes, module-level code. Torch-free."""
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +14,7 @@ from polyzoo.sea.documentation import (
     plain_string,
     string_docstring,
 )
-from polyzoo.sea.parsing import ParsedSource
+from polyzoo.sea.parsing import LineIndex, ParsedSource, blank
 
 if TYPE_CHECKING:
     import tree_sitter
@@ -26,7 +25,6 @@ MAX_CLASS_DEPTH = 32
 """Classes nested deeper stay part of the one around them; real code nests three or four."""
 
 _GO_RECEIVER = re.compile(r"([A-Za-z_]\w*)\s*(?:\[.*\])?\s*\)\s*$", re.DOTALL)
-_NOT_NEWLINE = re.compile(r"[^\r\n]")
 _SPACES = re.compile(r"\s+")
 
 
@@ -56,7 +54,7 @@ class Unit:
     definition_start: int
     """First character of the definition itself, after decorators."""
     docstring_span: tuple[int, int] | None
-    """Where the documentation stands in the file; inside the unit for Python, above it elsewhere."""
+    """Where the documentation stands: inside the unit for Python, above it elsewhere."""
     has_error: bool
     """Whether the parser found a fault inside."""
 
@@ -91,8 +89,9 @@ def extract_units(source: str, *, language: str, path: str) -> list[Unit]:
         MissingExtraError: the language's grammar is not installed.
 
     Example:
-        >>> [unit.symbol for unit in extract_units("class A:\\n  def f(self): 1", language="python", path="a.py")]
-        ['A', 'A.f']
+        >>> units = extract_units("def f(): return 1", language="python", path="a.py")
+        >>> [(unit.kind, unit.symbol, unit.first_line) for unit in units]
+        [('function', 'f', 1)]
     """
     return units_of(ParsedSource(source, language=language), path=path)
 
@@ -100,7 +99,7 @@ def extract_units(source: str, *, language: str, path: str) -> list[Unit]:
 def units_of(tree: ParsedSource, *, path: str) -> list[Unit]:
     """As `extract_units`, of a text that is already parsed."""
     definitions = _definitions(tree)
-    lines = _LineIndex(tree.text)
+    lines = LineIndex(tree.text)
     units = []
     holes: dict[int, list[tuple[int, int]]] = {}
     stack: list[int] = []
@@ -135,7 +134,7 @@ def _definitions(tree: ParsedSource) -> list[_Definition]:
     for node, role in nodes:
         if tree.is_outside(node) or node.start_byte < 0:
             continue
-        outer = _outer(tree, node)
+        outer = tree.statement_of(node)
         start, end = tree.span(outer)
         name = _name(tree, node)
         while stack and stack[-1].end <= start:
@@ -181,37 +180,21 @@ def _name(tree: ParsedSource, node: tree_sitter.Node) -> str:
     return ""
 
 
-def _outer(tree: ParsedSource, node: tree_sitter.Node) -> tree_sitter.Node:
-    """The statement a definition is written as: with decorators, export, `const name =`."""
-    wrappers = tree.grammar.wrappers
-    outer = node
-    parent = outer.parent
-    while parent is not None and parent.type in wrappers:
-        # `var a = function () {}, b = ...` and `private :x, def y` are not one definition's.
-        siblings = sum(1 for child in parent.named_children if child.type not in ("decorator",))
-        allowed = 2 if parent.type in ("call", "assignment_expression") else 1
-        if siblings > allowed:
-            break
-        if tree.language == "ruby" and parent.start_point[0] != node.start_point[0]:
-            break
-        outer = parent
-        parent = outer.parent
-    return outer
-
-
-def _function_unit(tree: ParsedSource, entry: _Definition, lines: _LineIndex) -> Unit:
+def _function_unit(tree: ParsedSource, entry: _Definition, lines: LineIndex) -> Unit:
     body = _body(entry.node)
     docstring, span = _documentation(tree, entry, body)
     kind: UnitKind = "method" if entry.in_class else "function"
-    return _unit(tree, entry, kind, tree.text[entry.start : entry.end], docstring, span, body, lines)
+    return _unit(
+        tree, entry, kind, tree.text[entry.start : entry.end], docstring, span, body, lines
+    )
 
 
 def _class_unit(
-    tree: ParsedSource, entry: _Definition, holes: list[tuple[int, int]], lines: _LineIndex
+    tree: ParsedSource, entry: _Definition, holes: list[tuple[int, int]], lines: LineIndex
 ) -> Unit:
     body = _body(entry.node)
     docstring, span = _documentation(tree, entry, body)
-    text = _blank(tree.text, entry.start, entry.end, holes)
+    text = blank(tree.text, entry.start, entry.end, holes)
     return _unit(tree, entry, "class", text.rstrip(), docstring, span, body, lines)
 
 
@@ -223,9 +206,11 @@ def _unit(
     docstring: str | None,
     span: tuple[int, int] | None,
     body: tree_sitter.Node | None,
-    lines: _LineIndex,
+    lines: LineIndex,
 ) -> Unit:
-    definition_start = tree.offset(entry.node.start_byte) if tree.language == "python" else entry.start
+    definition_start = (
+        tree.offset(entry.node.start_byte) if tree.language == "python" else entry.start
+    )
     head_end = tree.offset(body.start_byte) if body is not None else entry.end
     head = tree.text[definition_start:head_end]
     end = entry.start + len(text)
@@ -246,7 +231,7 @@ def _unit(
 
 
 def _module_unit(
-    tree: ParsedSource, holes: list[tuple[int, int]], lines: _LineIndex, path: str
+    tree: ParsedSource, holes: list[tuple[int, int]], lines: LineIndex, path: str
 ) -> Unit | None:
     """What is left of the file, unless only comments, documentation and tags are left."""
     docstring, span = None, None
@@ -255,11 +240,14 @@ def _module_unit(
         if statement is not None:
             span = tree.span(statement)
             docstring = plain_string(tree.text[slice(*span)])
-    ignored = sorted([*holes, *tree.comment_spans, *([span] if span else [])])
-    rest = _blank(tree.text, 0, len(tree.text), ignored)
+    ignored = [*holes, *tree.comment_spans]
+    if span is not None:
+        ignored.append(span)
+    ignored.sort()
+    rest = blank(tree.text, 0, len(tree.text), ignored)
     if not re.sub(r"<\?(?:php|=)?|\?>|[\s;{}()]", "", rest):
         return None
-    text = _blank(tree.text, 0, len(tree.text), sorted(holes)).rstrip()
+    text = blank(tree.text, 0, len(tree.text), sorted(holes)).rstrip()
     start = len(text) - len(text.lstrip())
     return Unit(
         symbol=PurePath(path).stem,
@@ -301,28 +289,3 @@ def _body(node: tree_sitter.Node) -> tree_sitter.Node | None:
         if inner is not None and (body := inner.child_by_field_name("body")) is not None:
             return body
     return None
-
-
-def _blank(text: str, start: int, end: int, holes: list[tuple[int, int]]) -> str:
-    """`text[start:end]` with the holes turned into spaces; line ends stay."""
-    parts = []
-    position = start
-    for first, last in holes:
-        if last <= position:
-            continue
-        first = max(first, position)
-        parts.append(text[position:first])
-        parts.append(_NOT_NEWLINE.sub(" ", text[first:last]))
-        position = last
-    parts.append(text[position:end])
-    return "".join(parts)
-
-
-class _LineIndex:
-    """Line of a character offset, both counted from 0."""
-
-    def __init__(self, text: str) -> None:
-        self._starts = [0, *(match.end() for match in re.finditer("\n", text))]
-
-    def line(self, offset: int) -> int:
-        return bisect_right(self._starts, offset) - 1

@@ -83,7 +83,9 @@ def verify(name: str) -> Check:
         if sha256_file(folder / file) != facts["sha256"]
     ]
     known = {*manifest["files"], MANIFEST}
-    problems += [f"{path.name}: not from the asset" for path in folder.iterdir() if path.name not in known]
+    problems += [
+        f"{path.name}: not from the asset" for path in folder.iterdir() if path.name not in known
+    ]
     return Check(name=name, state="damaged" if problems else "intact", problems=tuple(problems))
 
 

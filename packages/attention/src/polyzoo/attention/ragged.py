@@ -119,26 +119,8 @@ def attend_packed(call: Call, dense: Dense) -> Result:
     if varlen.serves(call.q, call.k, call.v):
         return varlen.attend_packed(call)
     if call.q.device.type == "cpu" and not torch.compiler.is_compiling():
-        order = call.cu_seqlens.short_order()
-        if order is None:
-            return _by_runs(call, call.cu_seqlens, dense)
-        out, lse = _by_runs(
-            call._replace(
-                q=_reorder(call.q, order.queries),
-                k=_reorder(call.k, order.keys),
-                v=_reorder(call.v, order.keys),
-            ),
-            order.lengths,
-            dense,
-        )
-        back = order.back
-        return _reorder(out, back), None if lse is None else lse.index_select(2, back)
+        return _by_runs(call, call.cu_seqlens, dense)
     return _padded(call, dense)
-
-
-def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
-    """Gather along the tokens, whose heads usually lie together in memory."""
-    return tensor.transpose(1, 2).index_select(1, order).transpose(1, 2)
 
 
 def _by_runs(call: Call, lengths: CuSeqlens, dense: Dense) -> Result:
@@ -146,15 +128,21 @@ def _by_runs(call: Call, lengths: CuSeqlens, dense: Dense) -> Result:
     q, k, v = call.q, call.k, call.v
     runs = lengths.runs()
     call = call._replace(cu_seqlens=None)
-    # split is one node of the graph: slicing would make a full-size gradient per run
+    # split is one node of the graph: slicing would make a full-size gradient per run. Along the
+    # first axis the pieces of its gradient are joined by plain copies.
     q_sizes = [run.count * run.q_length for run in runs]
     k_sizes = [run.count * run.k_length for run in runs]
-    parts = zip(
-        runs, q.split(q_sizes, 2), k.split(k_sizes, 2), v.split(k_sizes, 2), strict=True
+    q_runs, k_runs, v_runs = (
+        tokens[0].transpose(0, 1).split(sizes)
+        for tokens, sizes in ((q, q_sizes), (k, k_sizes), (v, k_sizes))
     )
-    outs = [v.new_empty((0, q.shape[1], v.shape[3]))]
+    grads = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    # Without gradients each part is copied home while it is in the cache; autograd wants one cat.
+    whole = v.new_empty((0 if grads else q.shape[2], q.shape[1], v.shape[3]))
+    outs = [whole]
     lses: list[Tensor] = []
-    for run, q_run, k_run, v_run in parts:
+    token = 0
+    for run, q_run, k_run, v_run in zip(runs, q_runs, k_runs, v_runs, strict=True):
         if run.q_length == 0:
             continue
         out, lse = dense(
@@ -164,10 +152,15 @@ def _by_runs(call: Call, lengths: CuSeqlens, dense: Dense) -> Result:
                 v=_as_batch(v_run, run.count, run.k_length),
             )
         )
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+        out = out.transpose(1, 2).flatten(0, 1)
+        if grads:
+            outs.append(out)
+        else:
+            whole[token : token + out.shape[0]] = out
+            token += out.shape[0]
         if lse is not None:
             lses.append(lse.transpose(0, 1).flatten(1))
-    joined = torch.cat(outs).transpose(0, 1).unsqueeze(0)
+    joined = (torch.cat(outs) if grads else whole).transpose(0, 1).unsqueeze(0)
     if not call.want_lse:
         return joined, None
     if not lses:
@@ -175,9 +168,9 @@ def _by_runs(call: Call, lengths: CuSeqlens, dense: Dense) -> Result:
     return joined, torch.cat(lses, dim=1).unsqueeze(0)
 
 
-def _as_batch(packed: Tensor, count: int, length: int) -> Tensor:
-    """View `(1, h, count * length, d)` as `(count, h, length, d)`."""
-    return packed[0].unflatten(1, (count, length)).transpose(0, 1)
+def _as_batch(tokens: Tensor, count: int, length: int) -> Tensor:
+    """View `(count * length, h, d)` as `(count, h, length, d)`."""
+    return tokens.unflatten(0, (count, length)).transpose(1, 2)
 
 
 def _padded(call: Call, dense: Dense) -> Result:

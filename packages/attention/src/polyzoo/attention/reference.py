@@ -100,8 +100,9 @@ def _packed(call: Call) -> tuple[Tensor, Tensor]:
     assert call.cu_seqlens is not None  # noqa: S101 - our caller's promise
     q, k, v = call.q, call.k, call.v
     starts_q, starts_k = call.cu_seqlens.starts()
-    outs = [v.new_empty((1, q.shape[1], 0, v.shape[3]))]
-    lses = [q.new_empty((1, q.shape[1], 0), dtype=torch.float32)]
+    # The empty start keeps every input in the graph, whatever the sequences hold.
+    nothing = (tensor[:, :, :0] for tensor in (q, k, v))
+    outs, lses = ([part] for part in attend(*nothing, visible=None, bias=None, scale=call.scale))
     for index in range(call.cu_seqlens.sequences):
         q0, q1 = starts_q[index], starts_q[index + 1]
         k0, k1 = starts_k[index], starts_k[index + 1]

@@ -266,14 +266,13 @@ def _advice(missing: list[str]) -> str:
 
 
 def _matrix_problem(backend: Backend, request: Request) -> str | None:
+    size = request.scores * (8 if request.dtype == torch.float64 else 4)
     if "always" in backend.matrix_for:
-        size = request.scores * (8 if request.dtype == torch.float64 else 4)
         what = "its score matrix"
         instead = "smaller batches, or a backend that tiles"
     else:
-        size = request.scores * request.dtype.itemsize
         what = "bias=DecomposedBias(...) as a dense n x m bias"
-        instead = "smaller batches or windows, or a dtype of fewer bytes"
+        instead = "smaller batches, or smaller windows of the grid"
     if size <= MATRIX_LIMIT:
         return None
     return f"{what} would take {size:,} bytes (limit {MATRIX_LIMIT:,}); use {instead}"

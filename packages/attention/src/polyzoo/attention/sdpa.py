@@ -20,7 +20,9 @@ _BAND_ROWS = (64, 512)
 
 def forward(call: Call) -> tuple[Tensor, Tensor | None]:
     """Attend; returns the output, laid out as `(b, n, h, dv)`, and the lse if asked for."""
-    if call.rng is not None:
+    if call.q.shape[2] == 0:
+        out, lse = attend_dense(call._replace(cu_seqlens=None, kv_lens=None))
+    elif call.rng is not None:
         out, lse = attend_with_dropout(call)
     elif call.cu_seqlens is not None:
         out, lse = ragged.attend_packed(call, attend_dense)

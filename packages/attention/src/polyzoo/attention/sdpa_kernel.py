@@ -39,10 +39,12 @@ def scaled_dot_product(
     Returns:
         Output, and the lse or None. A row that sees nothing gives zeros, -inf and no gradient.
     """
+    if not (q.shape[0] and q.shape[1] and q.shape[2] and k.shape[2]):
+        return _nothing(q, k, v, attn_mask, want_lse)
     grouped = False
     if q.shape[1] != k.shape[1]:  # spelled out: with symbolic sizes a comparison is no bool
         grouped = True
-    if grouped and not is_causal and q.shape[2] <= GROUP_PACKING_QUERIES and k.shape[1]:
+    if grouped and not is_causal and q.shape[2] <= GROUP_PACKING_QUERIES:
         packed = _pack_groups(q, k, attn_mask)
         if packed is not None:
             out, lse = scaled_dot_product(
@@ -56,7 +58,7 @@ def scaled_dot_product(
             )
             shape = q.shape[:3]
             return out.reshape(*shape, v.shape[3]), None if lse is None else lse.reshape(shape)
-    if q.dtype == torch.float16 and q.device.type == "cpu":
+    if q.device.type == "cpu" and _widens(q, k, v):
         return _half_on_cpu(q, k, v, attn_mask, is_causal, scale, want_lse)
     if grouped and q.is_cuda and (attn_mask is not None or q.dtype == torch.float32):
         # No fused kernel takes grouped heads here; the fallback would hold the n x m scores.
@@ -87,6 +89,39 @@ def scaled_dot_product(
     return out, lse
 
 
+def _nothing(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Answer without keys or without queries: zeros, from which zero gradients reach every input.
+
+    torch's kernels divide by both lengths, or leave inputs out of the graph.
+    """
+    inputs = [q, k, v]
+    if attn_mask is not None and attn_mask.is_floating_point():
+        inputs.append(attn_mask.to(q.dtype))
+    zero = torch.stack([tensor[..., :0].sum() for tensor in inputs]).sum()
+    out = zero.expand(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).contiguous().transpose(1, 2)
+    if not want_lse:
+        return out, None
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return out, torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+
+
+def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _widens(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether a CPU computes this better in fp32.
+
+    fp16 always: CPUs without fp16 arithmetic convert one number at a time. bf16 for training: torch's
+    backward is slower in bf16 than in fp32, and its errors are twice those of rounding the result.
+    """
+    if q.dtype == torch.bfloat16:
+        return _wants_grad(q, k, v)
+    return q.dtype == torch.float16
+
+
 def _pack_groups(
     q: Tensor, k: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None] | None:
@@ -102,8 +137,6 @@ def _has_cpu_kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -
     return (
         q.device.type == "cpu"
         and q.shape[3] == v.shape[3]
-        and q.numel() > 0
-        and k.numel() > 0  # the kernel divides by both lengths
         and (attn_mask is None or not attn_mask.requires_grad)
     )
 
@@ -126,8 +159,6 @@ def _lse_in_blocks(
     """Compute the lse apart, some rows at a time: for kernels that do not give theirs."""
     b, h, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if n == 0 or m == 0:
-        return torch.full((b, h, n), -torch.inf, dtype=work, device=q.device)
     rows = max(1, _LSE_SCORES // max(1, b * h * m))
     with torch.no_grad():
         keys = k.to(work).repeat_interleave(h // k.shape[1], dim=1).transpose(-1, -2)
@@ -162,13 +193,12 @@ def _half_on_cpu(
     scale: float,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute fp16 in fp32: CPUs without fp16 arithmetic convert one number at a time otherwise."""
+    """Compute half precision in fp32."""
     m = k.shape[2]
-    if attn_mask is not None and attn_mask.dtype == torch.float16:
+    if attn_mask is not None and attn_mask.dtype == q.dtype:
         attn_mask = attn_mask.float()
-    grads = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     decoding = q.shape[2] <= GROUP_PACKING_QUERIES and m > _WIDEN_KEYS and attn_mask is None
-    if not decoding or grads or is_causal:
+    if not decoding or _wants_grad(q, k, v) or is_causal:
         out, lse = scaled_dot_product(
             q.float(),
             k.float(),
@@ -178,7 +208,7 @@ def _half_on_cpu(
             scale=scale,
             want_lse=want_lse,
         )
-        return out.to(torch.float16), lse
+        return out.to(q.dtype), lse
     # A long cache is widened piece by piece, so that the fp32 copy stays in the CPU's cache.
     parts = [
         scaled_dot_product(
@@ -193,4 +223,4 @@ def _half_on_cpu(
         for start in range(0, m, _WIDEN_KEYS)
     ]
     out, lse = merge_states([part[0] for part in parts], [part[1] for part in parts])  # pyright: ignore[reportArgumentType]
-    return out.to(torch.float16), lse if want_lse else None
+    return out.to(q.dtype), lse if want_lse else None

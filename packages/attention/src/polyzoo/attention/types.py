@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SHORT_SEQUENCE = 48
-"""Tokens; on average longer sequences keep a CPU busy one by one."""
-
 
 class Run(NamedTuple):
     """Neighbouring packed sequences of the same lengths: one batched call serves them as views."""
@@ -25,19 +22,6 @@ class Run(NamedTuple):
     """Queries of each."""
     k_length: int
     """Keys of each."""
-
-
-class Order(NamedTuple):
-    """How to lay short packed sequences so that equal lengths become neighbours."""
-
-    queries: Tensor
-    """Token indices that sort the queries."""
-    keys: Tensor
-    """The same for the keys."""
-    back: Tensor
-    """Token indices that restore the order of the queries."""
-    lengths: CuSeqlens
-    """The sorted batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,16 +113,6 @@ class CuSeqlens:
         """Remember that the values are in order: the tensors must not be changed afterwards."""
         self._kept["checked"] = True
 
-    def short_order(self) -> Order | None:
-        """Sort many short sequences by length, where copying costs less than a call for each.
-
-        Returns:
-            The order, worked out once, or None where the batch is best served as it lies.
-        """
-        if "order" not in self._kept:
-            self._kept["order"] = _find_order(self)
-        return self._kept["order"]  # pyright: ignore[reportReturnType]
-
 
 @dataclass(frozen=True, eq=False)
 class DecomposedBias:
@@ -154,8 +128,10 @@ class DecomposedBias:
     """`(b, h, n, kw)`."""
 
     def dense(self) -> Tensor:
-        """Return the `(b, h, n, kh * kw)` bias; differentiable."""
-        return (self.rel_h.unsqueeze(-1) + self.rel_w.unsqueeze(-2)).flatten(-2)
+        """Return the `(b, h, n, kh * kw)` bias, in fp32 at least; differentiable."""
+        work = torch.promote_types(self.rel_h.dtype, torch.float32)
+        rows, columns = self.rel_h.to(work), self.rel_w.to(work)
+        return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(-2)
 
 
 class Call(NamedTuple):
@@ -209,28 +185,3 @@ def _find_runs(starts_q: list[int], starts_k: list[int]) -> list[Run]:
         else:
             runs.append(Run(index=index, count=1, q_length=q1 - q0, k_length=k1 - k0))
     return runs
-
-
-def _find_order(packed: CuSeqlens) -> Order | None:
-    starts_q, starts_k = packed.starts()
-    lengths = [
-        (q1 - q0, k1 - k0)
-        for (q0, q1), (k0, k1) in zip(pairwise(starts_q), pairwise(starts_k), strict=True)
-    ]
-    runs_now, runs_sorted = len(packed.runs()), len(set(lengths))
-    short = starts_q[-1] + starts_k[-1] <= 2 * _SHORT_SEQUENCE * len(lengths)
-    if not short or runs_now < 2 * runs_sorted:
-        return None
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    queries = _tokens(starts_q, by_length)
-    keys = _tokens(starts_k, by_length)
-    return Order(
-        queries=queries,
-        keys=keys,
-        back=queries.argsort(),
-        lengths=CuSeqlens.from_lengths(*zip(*(lengths[i] for i in by_length), strict=True)),
-    )
-
-
-def _tokens(starts: list[int], order: list[int]) -> Tensor:
-    return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])

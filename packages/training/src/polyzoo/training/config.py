@@ -42,7 +42,7 @@ class OptimConfig:
     lr: float = 3e-4
     """Peak learning rate; the schedule multiplies it by a factor from 0 to 1."""
     weight_decay: float = 0.01
-    """Decoupled decay of weights with two or more axes."""
+    """Decay of weights with two or more axes; decoupled in AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's two moving-average factors."""
     eps: float = 1e-8
@@ -69,7 +69,7 @@ class ScheduleConfig:
     """How the learning rate moves over the run; a pure function of the step."""
 
     kind: Schedule = "cosine"
-    """constant, linear or cosine to the final value, inverse_sqrt, or wsd (warm-up, stable, decay)."""
+    """constant, linear or cosine to the end, inverse_sqrt, or wsd (warm-up, stable, decay)."""
     warmup_steps: int = 0
     """Steps of linear growth from 0 to the peak."""
     warmup_fraction: float = 0.0
@@ -227,7 +227,7 @@ class TrainConfig:
     best_mode: Literal["max", "min"] = "max"
     """Whether more or less of best_metric is better."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on if run_dir holds a checkpoint; never: it must hold none; must: it must hold one."""
+    """auto: go on from a checkpoint if there is one; never: refuse one; must: refuse none."""
     accept_changes: bool = False
     """Resume although the recipe differs from the one run_dir was started with."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -263,4 +263,4 @@ FREE_ON_RESUME = frozenset(
         "resume", "accept_changes", "checkpoint", "log", "data.workers", "data.prefetch",
     }
 )  # fmt: skip
-"""Fields that may differ between the start of a run and its resumption; all others are its recipe."""
+"""Fields that may change when a run is resumed; all others are its recipe."""

@@ -43,10 +43,11 @@ class DataPosition:
 class DataStream:
     """An endless stream of micro-batches over epochs, on one device.
 
-    A dataset with `__len__` and `__getitem__` is read in the order of `loader.epoch_order`; whatever
-    workers do, resuming at sample i gives the samples from i on. Any other iterable is read as it
-    comes, by at most one worker: with `state_dict` and `load_state_dict` it resumes by them, without
-    it is read again up to its position. `set_epoch(epoch)` is called where the dataset has it.
+    A dataset with `__len__` and `__getitem__` is read in the order of `loader.epoch_order`;
+    whatever workers do, resuming at sample i gives the samples from i on. Any other iterable is
+    read as it comes, by at most one worker: with `state_dict` and `load_state_dict` it resumes by
+    them, without it is read again up to its position. `set_epoch(epoch)` is called where the
+    dataset has it.
 
     Example:
         >>> stream = DataStream(dataset, DataConfig(), batch_size=8, collate=None, seed=0)

@@ -45,7 +45,7 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the average toward the weights after optimizer step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(self.averages, self.masters, 1 - decay)
+        torch._foreach_lerp_(self.averages, self.masters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

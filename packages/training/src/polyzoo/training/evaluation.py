@@ -1,4 +1,4 @@
-"""Evaluation beside training: averaged weights, eval mode, no trace in the training's random state."""
+"""Evaluation beside training: averaged weights, eval mode, no trace in the random states."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._bar.close()
-        with suppress(OSError):  # every line was flushed as it was written; that told of a full disk
+        with suppress(OSError):  # each line was flushed when written, which told of a full disk
             self._file.close()
         if self._board:
             self._board.close()
@@ -107,7 +107,7 @@ class RunLog:
                 self._board.add_scalar(f"{event}/{name}", value, step)
 
     def _drop_later_events(self) -> None:
-        """Remove what an earlier process logged after its last checkpoint: it is about to happen again."""
+        """Remove what an earlier process logged after its last checkpoint: it will happen again."""
         kept = [event for event in read_events(self.run_dir) if event["step"] <= self.step]
         with atomic_write(self.run_dir / METRICS, "w") as file:
             file.writelines(json.dumps(event) + "\n" for event in kept)

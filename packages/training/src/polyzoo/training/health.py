@@ -30,7 +30,6 @@ def check_rows(
     Raises:
         TrainingError: E-NAN with the first bad step; its batch is in run_dir/bad_batch_<step>.pt.
     """
-    last_finite = "none before it"
     for row in rows:
         overflow = not row.values["bad"] and not math.isfinite(float(row.values["grad_norm"]))
         if overflow and counters.skipped_in_a_row < _MOST_OVERFLOWS:
@@ -40,7 +39,8 @@ def check_rows(
             continue
         if not row.values["bad"] and not overflow:
             counters.skipped_in_a_row = 0
-            last_finite = f"{row.values['loss']:.6g} at step {row.step}"
+            counters.finite_loss = float(row.values["loss"])
+            counters.finite_loss_step = row.step
             continue
         counters.skipped += 1
         counters.skipped_in_a_row += 1
@@ -51,15 +51,18 @@ def check_rows(
             row.values["grad_norm"],
         )
         if overflow or config.nan_policy == "raise" or counters.skipped_in_a_row > config.max_skips:
-            raise _not_finite(row, last_finite, config, data)
+            raise _not_finite(row, config, counters, data)
 
 
 def _not_finite(
-    row: StepRow, last_finite: str, config: TrainConfig, data: DataStream
+    row: StepRow, config: TrainConfig, counters: Counters, data: DataStream
 ) -> TrainingError:
     loss, norm = float(row.values["loss"]), float(row.values["grad_norm"])
     what = "loss" if not math.isfinite(loss) else "gradient norm"
     path = Path(config.run_dir) / f"bad_batch_{row.step}.pt"
+    last_finite = "none"
+    if counters.finite_loss is not None:
+        last_finite = f"{counters.finite_loss:.6g} at step {counters.finite_loss_step}"
     policy = f"nan_policy={config.nan_policy}, max_skips={config.max_skips}"
     return TrainingError(
         "E-NAN",

@@ -137,7 +137,7 @@ class IterableBatches(IterableDataset[Batch]):
 _END = object()
 
 
-def take_as_is(batch: Batch) -> Batch:
+def take_as_is(batch: Any) -> Any:
     """Collate nothing: batches arrive collated."""
     return batch
 
@@ -145,7 +145,7 @@ def take_as_is(batch: Batch) -> Batch:
 def settle_worker(worker: int) -> None:
     """Make a loader process leave signals to the training process, and die with it."""
     del worker
-    # A terminal sends Ctrl-C to every process of the group; the step in flight still needs its data.
+    # A terminal sends Ctrl-C to the whole group; the step in flight still needs its data.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -162,14 +162,12 @@ def _announce_epoch(dataset: Any, epoch: int) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global random states for one batch, so that augmentation does not depend on workers.
+    """Seed the global random states for one batch, so that its draws do not depend on workers.
 
     In the training process they are put back afterwards: dropout draws from them.
     """
     inside_worker = get_worker_info() is not None
-    states = (
-        None if inside_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    )
+    states = None if inside_worker else _global_states()
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - datasets of third parties draw from it
     torch.default_generator.manual_seed(seed)
@@ -180,6 +178,10 @@ def _seeded(seed: int) -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
             torch.set_rng_state(states[2])
+
+
+def _global_states() -> tuple[Any, Any, Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
 
 
 def _mix(purpose: str, *numbers: int) -> int:

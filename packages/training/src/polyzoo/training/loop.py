@@ -134,7 +134,7 @@ class Loop:
         )
         with self.strategy.forward_context():
             output = self.step_fn(self.strategy.module, batch.data, context)
-        if isinstance(output, Tensor):
+        if not isinstance(output, StepOutput):
             output = StepOutput(loss=output)
         check_loss(output)
         return output

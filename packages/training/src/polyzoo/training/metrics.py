@@ -21,8 +21,8 @@ Scalar = Tensor | float
 class Weigher:
     """Turns micro-batch losses into one loss, as if the micro-batches had been one large batch.
 
-    Each loss is multiplied by its weight relative to the first, over the number of micro-batches, so
-    that the products keep the size of a mean (fp16 would overflow otherwise). The gradients are
+    Each loss is multiplied by its weight relative to the first, over the number of micro-batches,
+    so that the products keep the size of a mean (fp16 would overflow otherwise). The gradients are
     divided by the sum of these factors once it is known, after the last backward pass.
 
     Example:

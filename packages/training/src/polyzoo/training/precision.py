@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -40,7 +40,7 @@ def freeze(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 def build_frozen(
-    builders: dict[str, nn.Module | Callable[[], nn.Module]],
+    builders: Mapping[str, nn.Module | Callable[[], nn.Module]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, nn.Module]:

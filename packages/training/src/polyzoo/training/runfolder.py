@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from polyzoo.core.config import dump
-from polyzoo.core.io import atomic_write
+from polyzoo.core.errors import LockedError
+from polyzoo.core.io import FolderLock, atomic_write
 from polyzoo.core.log import get_logger
 from polyzoo.training.checkpoint.store import CheckpointStore
 from polyzoo.training.config import FREE_ON_RESUME, TrainConfig
@@ -24,8 +28,47 @@ CONFIG = "config.json"
 PROVENANCE = "run.json"
 STATUS = "status.json"
 CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+_ORPHANS_LAST = 10.0  # seconds; torch's loader processes look for their parent every 5
 
 logger = get_logger(__name__)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep the run to one process.
+
+    Loader processes inherit the lock; where their killed parent left some, they are given a few
+    seconds to notice.
+
+    Raises:
+        LockedError: A living process is using the folder.
+    """
+    deadline = time.monotonic() + _ORPHANS_LAST
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(FolderLock(run_dir, purpose="training"))
+                break
+            except LockedError:
+                if holder_lives(run_dir) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield
+
+
+def holder_lives(run_dir: Path) -> bool:
+    """Tell whether the process named in the lock file exists, without taking the lock."""
+    try:
+        named = re.search(r"process (\d+)", (run_dir / _LOCK).read_text(encoding="utf-8"))
+        if named is None:
+            return False
+        os.kill(int(named[1]), 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def open_store(config: TrainConfig) -> CheckpointStore:

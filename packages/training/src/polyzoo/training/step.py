@@ -52,7 +52,7 @@ class StepContext:
 
     @property
     def generator(self) -> torch.Generator:
-        """A fresh generator on the device; the same run, step and micro-step always draw the same."""
+        """A fresh generator on the device; the same seed, step and micro-step draw the same."""
         return item_generator(self.seed, (self.step << 20) + self.micro_step, self.device)
 
     def call(self, model: Any, method: str, *arguments: Any, **named: Any) -> Any:

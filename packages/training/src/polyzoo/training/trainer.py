@@ -13,14 +13,13 @@ from torch import nn
 
 from polyzoo.core.device import resolve_device
 from polyzoo.core.errors import ConfigError, Interrupted, PolyzooError
-from polyzoo.core.io import FolderLock
 from polyzoo.core.log import get_logger
 from polyzoo.core.seeding import restore_random_state, seed_everything
 from polyzoo.training import lora
 from polyzoo.training.activation import recomputing
 from polyzoo.training.checkpoint.snapshot import Snapshots, fingerprint
 from polyzoo.training.checkpoint.state import Counters
-from polyzoo.training.checkpoint.store import DISK_FULL, disk_full
+from polyzoo.training.checkpoint.store import explaining_full_disk
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.data import DataStream
 from polyzoo.training.ema import Ema
@@ -35,6 +34,7 @@ from polyzoo.training.plots import draw_plots
 from polyzoo.training.precision import build_frozen, compute_dtype
 from polyzoo.training.runfolder import (
     choose_checkpoint,
+    locked,
     open_store,
     write_provenance,
     write_status,
@@ -115,7 +115,8 @@ class Trainer:
             raise ConfigError("steps and epochs are both None; set one of them")
         self._check_evaluation(eval_fn)
         with ExitStack() as stack:
-            stack.enter_context(FolderLock(self.run_dir, purpose="training"))
+            stack.enter_context(explaining_full_disk(open_store(self.config), "a file of the run"))
+            stack.enter_context(locked(self.run_dir))
             stop = stack.enter_context(StopRequest())
             loop = self._prepare(
                 stack, stop, model, step_fn, train_data, collate, eval_fn,
@@ -212,11 +213,6 @@ class Trainer:
         except Interrupted as error:
             self._leave_record("interrupted", loop, str(error))
             raise
-        except OSError as error:
-            self._leave_record("failed", loop, str(error))
-            if error.errno not in DISK_FULL:
-                raise
-            raise disk_full(loop.snapshots.store, "a log line", str(error)) from error
         except Exception as error:
             self._leave_record("failed", loop, str(error))
             raise

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import nn
 
 from polyzoo.core.errors import WeightsError
-from polyzoo.core.weights import load_into, read_metadata, read_weights, write_weights
+from polyzoo.core.weights import load_into, read_weights, write_weights
 from polyzoo.training import lora
 
 BEST = "best"
@@ -47,17 +47,3 @@ def load_best(run_dir: str | Path, model: Module) -> Module:
         )
     load_into(model, read_weights(folder / MODEL), source=str(folder / MODEL))
     return model
-
-
-def describe_best(run_dir: Path) -> dict[str, Any] | None:
-    """Return step, metric and value of the kept weights; None where there are none."""
-    for name in (MODEL, lora.ADAPTER):
-        file = run_dir / BEST / name
-        if file.is_file():
-            about = read_metadata(file)
-            return {
-                "step": int(about["step"]),
-                "metric": about["metric"],
-                "value": float(about["value"]),
-            }
-    return None

@@ -1,4 +1,4 @@
-"""Flat shards: every tensor as ranges of its flattened values, so that any layout can read any other.
+"""Flat shards: tensors as ranges of their flattened values, so that any layout can read any other.
 
 A whole parameter (one device, DDP), rows of it (FSDP2) and equal pieces of it (ZeRO-3) are all
 contiguous ranges of the row-major flattened parameter. Each process writes the ranges it holds;
@@ -177,7 +177,7 @@ class FlatReader:
         reached = start
         for piece in sorted(self._pieces[key], key=lambda piece: piece.start):
             begin, end = max(reached, piece.start), min(start + length, piece.start + piece.length)
-            if begin == reached and (begin < end or not length):
+            if begin == reached and begin < end:
                 stored = self._file(piece.file).get_slice(key)
                 parts.append(stored[begin - piece.start : end - piece.start])
                 reached = end
@@ -188,7 +188,9 @@ class FlatReader:
                 f"the shards present hold {sum(p.length for p in self._pieces[key])} of them",
                 "restore the missing rank files from a copy, or resume from an earlier step",
             )
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        if not parts:
+            return self._file(self._pieces[key][0].file).get_tensor(key)[:0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:

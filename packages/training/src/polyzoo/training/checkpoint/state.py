@@ -38,6 +38,10 @@ class Counters:
     """Steps left out because of non-finite numbers."""
     skipped_in_a_row: int = 0
     """Of these, the ones since the last good step."""
+    finite_loss: float | None = None
+    """The last loss that was a number."""
+    finite_loss_step: int = 0
+    """Its step."""
     evaluated_step: int = 0
     """Step of the last evaluation."""
     evaluation: dict[str, float] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: each wholly there or not at all, verified, retained, swept. Torch-free."""
+"""A folder of checkpoints: each wholly there or not at all, verified, retained. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_OF_DISK = 0.95  # file systems slow down or refuse in their last percents
 
 logger = get_logger(__name__)
@@ -67,12 +68,12 @@ class CheckpointStore:
         return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
     def newest(self) -> Path | None:
-        """Return the folder of the newest checkpoint, not yet verified; None where there is none."""
+        """Return the newest checkpoint, not yet verified; None where there is none."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
     def sweep(self) -> None:
-        """Remove what a killed process left half written or half removed; call under the run's lock."""
+        """Remove what a killed process left half written or removed; call under the lock."""
         if self.folder.is_dir():
             for stale in self.folder.glob(".*.tmp"):
                 target = stale.name.removeprefix(".").split(".")[0]
@@ -96,14 +97,11 @@ class CheckpointStore:
             return target
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(step, needed)
-        try:
-            with atomic_folder(target) as folder:
-                self._fill(folder, step, write)
-        except PolyzooError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-                raise disk_full(self, f"the checkpoint of step {step}", str(error)) from error
-            raise
+        with (
+            explaining_full_disk(self, f"the checkpoint of step {step}"),
+            atomic_folder(target) as folder,
+        ):
+            self._fill(folder, step, write)
         self._point_latest(target)
         self.retain()
         return target
@@ -182,22 +180,35 @@ class CheckpointStore:
     def _check_space(self, step: int, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if needed > free * _MOST_OF_DISK:
-            raise disk_full(
+            raise _disk_full(
                 self,
                 f"the checkpoint of step {step}",
                 f"{self.folder} has {free:,} bytes free, the checkpoint takes {needed:,}",
             )
 
     def _point_latest(self, target: Path) -> None:
-        """Let the link `latest` name the newest checkpoint, for people; resuming does not read it."""
+        """Let the link `latest` name the newest checkpoint; for people, resuming ignores it."""
         link = self.folder / f".{LATEST}.{os.getpid()}.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         link.replace(self.folder / LATEST)
 
 
-def disk_full(store: CheckpointStore, what: str, why: str) -> TrainingError:
-    """Return E-DISK-FULL, which says what is still there."""
+@contextmanager
+def explaining_full_disk(store: CheckpointStore, what: str) -> Iterator[None]:
+    """Turn a full disk inside the block into E-DISK-FULL, which says what is still there."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (OSError, PolyzooError) as error:
+        cause = error.__cause__ if isinstance(error, PolyzooError) else error
+        if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+            raise _disk_full(store, what, str(error)) from error
+        raise
+
+
+def _disk_full(store: CheckpointStore, what: str, why: str) -> TrainingError:
     steps = store.steps()
     kept = f"checkpoint of step {steps[-1]} is untouched" if steps else "there is no earlier one"
     return TrainingError(

@@ -21,7 +21,7 @@ class UpdateReport:
     grad_norm: Tensor
     """Global norm before clipping, fp32 scalar."""
     bad: Tensor
-    """1 where the loss or a gradient was not finite and the policy must act, else 0; fp32 scalar."""
+    """1 where the loss or a gradient was not finite and the policy must act, else 0; scalar."""
 
 
 class Strategy(Protocol):

@@ -68,12 +68,13 @@ class SingleDevice:
     def _rescale(self, gradients: list[Tensor], divisor: Tensor | float) -> Tensor:
         """Divide and clip in one pass over the gradients; return the norm before clipping."""
         norm = torch.nn.utils.get_total_norm(gradients).to(self.device) / divisor
-        divided = not isinstance(divisor, float) or divisor != 1.0
         if self.grad_clip is not None:
-            factor = torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0) / divisor
-            torch._foreach_mul_(gradients, factor)
-        elif divided:
-            torch._foreach_mul_(gradients, torch.as_tensor(1 / divisor, device=self.device))
+            scale = torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0) / divisor
+        elif isinstance(divisor, Tensor) or divisor != 1.0:
+            scale = torch.as_tensor(1 / divisor, device=self.device)
+        else:
+            return norm
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def _update(self, bad: Tensor) -> None:
@@ -88,7 +89,7 @@ class SingleDevice:
             self.optimizer.step()
             del self.optimizer.grad_scale, self.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         elif not (self.skips_bad_steps and bad.item()):
-            # Other optimizers can only skip by decision of the host: one wait per step, if asked for.
+            # Others can only skip by decision of the host: one wait per step, if asked for.
             self.optimizer.step()
 
     def parameters_without_gradient(self) -> list[str]:
@@ -100,7 +101,7 @@ class SingleDevice:
         return [Master(name, parameter) for name, parameter in self._trainable.items()]
 
     def local_shards(self) -> Iterator[Shard]:
-        """Return trainable parameters, their optimizer state, and persistent buffers, each whole."""
+        """Return trainable parameters, their optimizer state, and persistent buffers, whole."""
         for name, parameter in self._trainable.items():
             yield whole(MASTER, name, parameter)
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -110,7 +111,7 @@ class SingleDevice:
             yield whole(BUFFER, name, value)
 
     def plain_state(self) -> dict[str, Any]:
-        """Return scalar optimizer state, group values the optimizer changes, and the loss scale."""
+        """Return scalar optimizer state, values of the optimizer's groups, and the loss scale."""
         scalars: dict[str, dict[str, Any]] = {}
         for name, parameter in self._trainable.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -126,7 +127,7 @@ class SingleDevice:
 
     @torch.no_grad()
     def load_shards(self, reader: FlatReader, state: dict[str, Any]) -> None:
-        """Take weights, optimizer state and buffers from a checkpoint whose names have been checked."""
+        """Take weights, optimizer state and buffers from a checkpoint that was found to fit."""
         for name, parameter in self._trainable.items():
             parameter.copy_(reader.tensor(MASTER, name))
         for name, value in self._buffers().items():

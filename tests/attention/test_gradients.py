@@ -29,7 +29,8 @@ INTERPRETED = """
 import math, torch
 from polyzoo.attention import philox
 from polyzoo.attention.kernels import dropout_mask
-for seed, offset, p in ((0, 0, 0.1), (2**40 + 5, 3, 0.5), (-3, -1, 0.9), (2**63 - 1, 2**33 + 7, 1e-9)):
+cases = ((0, 0, 0.1), (2**40 + 5, 3, 0.5), (-3, -1, 0.9), (2**63 - 1, 2**33 + 7, 1e-9))
+for seed, offset, p in cases:
     rng = torch.tensor([seed, offset])
     where = {"batch": torch.tensor([2, 5]), "heads": 3, "queries": torch.arange(4, 30), "keys": 37}
     fused = dropout_mask.keep_mask(rng, **where, threshold=math.ceil(p * 2.0**32))

@@ -38,7 +38,7 @@ def keep_mask(
             heads,
             queries.shape[0],
             keys,
-            BLOCK=_BLOCK,
+            BLOCK=_BLOCK,  # pyright: ignore[reportArgumentType]
         )
     return kept
 

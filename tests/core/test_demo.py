@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.cli import child_environment
 from support.workspace import ROOT
 

@@ -204,7 +204,7 @@ def test_frozen_parameters_are_not_stored(tmp_path) -> None:
 def test_neither_length_nor_evaluation_may_be_missing(tmp_path) -> None:
     with pytest.raises(ConfigError, match="steps and epochs are both None"):
         fit(tiny_config(tmp_path, steps=None))
-    with pytest.raises(ConfigError, match="best_metric='error'.*need an eval_fn"):
+    with pytest.raises(ConfigError, match=r"best_metric='error'.*need an eval_fn"):
         fit(tiny_config(tmp_path, best_metric="error"))
 
 

@@ -85,6 +85,7 @@ class RunLog:
         self._write("train", step, values, metrics)
         self._bar.set_postfix_str(_postfix(values), refresh=False)
         self._bar.update(step - self._bar.n)
+        self._bar.refresh()
 
     def evaluation(self, *, step: int, metrics: Mapping[str, float]) -> None:
         """Write the result of an evaluation."""

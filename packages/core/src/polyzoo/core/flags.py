@@ -14,7 +14,6 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
-from polyzoo.core import config as configs
 from polyzoo.core.errors import UsageError
 
 
@@ -66,6 +65,8 @@ def parse(
     values = _starting_values(cls, start)
     file = _config_file(rest)
     if file is not None and not helping:
+        from polyzoo.core import config as configs  # pydantic and yaml: a help page needs neither
+
         configs.overlay(cls, values, configs.read_mapping(file), where=str(file))
     _switch_on_parts(cls, values, rest, helping)
     wrapper = dataclasses.make_dataclass(
@@ -118,8 +119,9 @@ def _with_holes(cls: type, values: Mapping[str, Any]) -> Any:
 
 def _config_file(arguments: Sequence[str]) -> str | None:
     for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            return arguments[index + 1]
+        following = arguments[index + 1] if index + 1 < len(arguments) else "-"
+        if argument == "--config" and not following.startswith("-"):
+            return following
         if argument.startswith("--config="):
             return argument.removeprefix("--config=")
     return None

@@ -25,6 +25,8 @@ READ_EVERY = 50
 
 
 class Rows:
+    """Random rows, made beforehand."""
+
     def __init__(self, width: int, length: int) -> None:
         self.values = torch.randn(length, width)
 
@@ -70,7 +72,7 @@ WARM = 10
 def engine(model: nn.Module, rows: Rows, batch: int, steps: int, device: torch.device) -> float:
     marks: list[float] = []
 
-    def step(wrapped: nn.Module, x: Tensor, context: object) -> Tensor:
+    def step(wrapped: nn.Module, x: Tensor, _: object) -> Tensor:
         marks.append(time.perf_counter())
         return (wrapped(x) - x).square().mean()
 

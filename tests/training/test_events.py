@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from polyzoo.training import CheckpointConfig, LogConfig, StepOutput
+from polyzoo.training.plots import running_mean
 from support.runs import fit, logged, mean_error, tiny_config
 
 
@@ -78,6 +79,11 @@ def test_plots_of_a_run_are_pictures(tmp_path) -> None:
             assert min(image.size) > 250
             assert len(image.convert("RGB").getcolors(2**24) or []) > 20
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_long_curves_get_a_running_mean() -> None:
+    assert running_mean([1.0, 2.0, 6.0, 3.0], 1) == [1.5, 3.0, pytest.approx(11 / 3), 4.5]
+    assert running_mean([4.0, 2.0], 0) == [4.0, 2.0]
 
 
 def test_progress_is_plain_lines_on_stderr_where_it_is_no_terminal(tmp_path, capsys) -> None:

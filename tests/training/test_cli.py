@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
 from support.cli import run_cli, run_python
 from support.runs import checkpoint_folder, fit, mean_error, tiny_config
+from support.workspace import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +89,16 @@ def test_inspecting_needs_no_torch(run) -> None:
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_example_runs_and_resumes(tmp_path) -> None:
+    text = (ROOT / "packages" / "training" / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    code = f"import os; os.chdir({str(tmp_path)!r})\n{block[1]}"
+    outputs = [run_python(code) for _ in range(2)]
+    assert [done.returncode for done in outputs] == [0, 0], outputs[0].stderr
+    steps, slope = outputs[0].stdout.split()
+    assert steps == "200"
+    assert float(slope) == pytest.approx(3, abs=0.1)
+    assert outputs[1].stdout == outputs[0].stdout

@@ -70,8 +70,6 @@ class AdapterConfig:
     """Inner size of the two factors."""
     scale: float
     """Factor of the product of the two matrices when it is added to the encoder's weight."""
-    base_sha256: str = ""
-    """Fingerprint of the encoder weights this change was trained on; empty means unchecked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,17 +98,56 @@ class SeaConfig:
     tokenizer_sha256: str = ""
     """Fingerprint of the tokenizer this model was trained with; empty means unchecked."""
 
+    @property
+    def whole_entry(self) -> bool:
+        """Whether functions of several blocks get the truncated whole as an entry."""
+        return self.include_whole and self.aggregator != "maxsim"
+
     def __post_init__(self) -> None:
         """Check the relations between fields."""
         _at_least("max_query_tokens", self.max_query_tokens, 4)
         if self.raw == "whole" and not self.include_whole:
-            raise ConfigError("raw='whole' needs include_whole=True: there is no whole-function vector to add")
+            raise ConfigError(
+                "raw='whole' needs include_whole=True: there is no whole-function vector to add"
+            )
         if self.aggregator == "first" and not self.include_whole:
             raise ConfigError(
-                "aggregator='first' is the truncated whole function, but include_whole is False: set it to True"
+                "aggregator='first' is the truncated whole function: it needs include_whole=True"
             )
 
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ConfigError(f"{name}={value} is too small: the least allowed value is {least}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """Shape of a small encoder cut out of the teacher's."""
+
+    vocab_size: int = 8192
+    """Pieces to keep, the most frequent of the training files."""
+    layers: tuple[int, ...] = (0, 2, 5)
+    """Layers of the teacher to start from, in order; their number is the small one's."""
+    max_positions: int = 256
+    """Longest sequence, special tokens included."""
+
+    def __post_init__(self) -> None:
+        """Check sizes."""
+        _at_least("vocab_size", self.vocab_size, 105)
+        if not self.layers:
+            raise ConfigError("layers=() names none: at least one layer is needed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomEncoderConfig:
+    """An untrained encoder with a vocabulary learnt from the training file: for tests and demos."""
+
+    vocab_size: int = 1000
+    """Most pieces."""
+    layers: int = 2
+    """Transformer layers."""
+    hidden: int = 64
+    """Channels, a multiple of 32; heads have 32 of them."""
+    max_positions: int = 256
+    """Longest sequence, special tokens included."""

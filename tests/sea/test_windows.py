@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.windows import chop, window_ranges
 

@@ -109,8 +109,8 @@ class Aggregation(nn.Module):
         if self.multiply:
             x = x * raw[owner]
         assert self.score is not None
-        # Scores and weights in float32: half precision loses small differences between blocks.
-        scores = self.score(x)[:, 0].float()
+        # Weights in float32: half precision loses small differences between blocks.
+        scores = self.score(x.to(self._dtype))[:, 0].float()
         share = segment_softmax(scores, owner, count)
         attended = segment_sum(share[:, None].to(x.dtype) * x, owner, count)
         if self.kind.endswith("_mean"):
@@ -121,6 +121,11 @@ class Aggregation(nn.Module):
             vectors = attended / 2 + lengths[:, None] * factor * raw / 2
             return Aggregated(vectors, share + factor * equal)
         return Aggregated(attended, share)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        # The encoder's dtype may differ from ours: adapters keep frozen weights in half precision.
+        return next(self.parameters()).dtype
 
     def _half(self, share: Tensor, equal: Tensor, first: Tensor) -> Tensor:
         if self.raw == "whole":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -44,7 +44,9 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     model = config.model or PRESETS[config.like]().model
     preparation = Preparation(
         tokenizer_folder=str(encoder_folder(model.encoder)),
-        split=model.split,
+        split=replace(
+            model.split, keep_docstrings=model.split.keep_docstrings or config.keep_docstrings
+        ),
         max_query_tokens=model.max_query_tokens,
         split_identifiers=model.split_identifiers,
     )
@@ -55,6 +57,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         language=config.language,
         workers=config.workers,
         limit=config.limit,
+        several_queries=config.several_queries,
     )
     prepared.save(config.out)
     counts = np.diff(prepared.first_block)

@@ -68,7 +68,7 @@ def main(config: EvalConfig) -> EvalReport:
     cache = prepared_folder() if config.cache else None
     queries = prepare_file(
         config.data, preparation, language=config.language, cache_folder=cache,
-        workers=config.workers, limit=config.limit,
+        workers=config.workers, limit=config.limit, several_queries=config.codebase is not None,
     )  # fmt: skip
     codebase = queries
     if config.codebase is not None:
@@ -194,7 +194,12 @@ def _with_docstrings(shape: SeaConfig, keep: bool) -> SeaConfig:
 
 
 def _tfidf(config: EvalConfig, queries: Prepared, codebase: Prepared) -> tuple[TfIdf, list[str]]:
-    asked: list[Record] = read_records(config.data, language=config.language, limit=config.limit)
+    asked: list[Record] = read_records(
+        config.data,
+        language=config.language,
+        limit=config.limit,
+        several_queries=config.codebase is not None,
+    )
     pool = asked
     if config.codebase is not None:
         pool = read_records(config.codebase, need_query=False, language=config.language)

@@ -43,6 +43,11 @@ class Ranking:
 def find_answers(queries: Prepared, codebase: Prepared) -> np.ndarray:
     """(q,) column of each query's function in the codebase."""
     column = {url: index for index, url in enumerate(codebase.urls)}
+    if len(column) != len(codebase):
+        raise DataError(
+            f"{len(codebase) - len(column)} urls occur twice in the codebase; "
+            "each function needs its own"
+        )
     missing = [url for url in queries.urls if url not in column]
     if missing:
         raise DataError(

@@ -63,6 +63,10 @@ class PrepareConfig:
     """Preset whose encoder (for its tokenizer) and splitter are used."""
     model: SeaConfig | None = None
     """Another encoder and splitter than a preset's."""
+    keep_docstrings: bool = False
+    """Leave docstrings in the functions; for data whose queries are not their docstrings."""
+    several_queries: bool = False
+    """Several queries may have the same url (their id is unique); a codebase is evaluated apart."""
     unpaired: bool = False
     """Accept functions without documentation."""
     language: Language | None = None

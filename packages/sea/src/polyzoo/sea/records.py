@@ -21,7 +21,7 @@ class Record:
     """One function, and the query it answers if it has one."""
 
     url: str
-    """Unique key; joins queries and codebase."""
+    """Joins queries and codebase; unique in a codebase."""
     text: str
     """The function as it stands in its file, documentation included where the file has it."""
     language: Language
@@ -29,6 +29,8 @@ class Record:
     code: str = ""
     """The function without its documentation."""
     func_name: str = ""
+    id: str = ""
+    """Of the record itself; the url where the file has no id."""
 
 
 def read_records(
@@ -37,6 +39,7 @@ def read_records(
     need_query: bool = True,
     language: Language | None = None,
     limit: int | None = None,
+    several_queries: bool = False,
 ) -> list[Record]:
     """Read a .jsonl or .jsonl.gz file.
 
@@ -46,6 +49,8 @@ def read_records(
         language: Of records that do not say; if the file says otherwise it is an error, because
             one splitter language was asked for.
         limit: Read only so many records.
+        several_queries: Several records may have the same url, as queries with one answer do;
+            their `id` must then be unique.
     """
     path = Path(path)
     records: list[Record] = []
@@ -55,12 +60,13 @@ def read_records(
             break
         where = f"{path}, line {number}"
         record = parse_record(line, where=where, need_query=need_query, language=language)
-        if record.url in seen:
+        kind, key = ("id", record.id) if several_queries else ("url", record.url)
+        if key in seen:
             raise DataError(
-                f"{where}: url {record.url!r} was already used in line {seen[record.url]}; "
+                f"{where}: {kind} {key!r} was already used in line {seen[key]}; "
                 "every record needs its own"
             )
-        seen[record.url] = number
+        seen[key] = number
         records.append(record)
     if not records:
         raise DataError(f"{path}: no records; one JSON object per line is wanted")
@@ -99,6 +105,7 @@ def parse_record(
         query=_query(content, where=where, need=need_query),
         code=code if isinstance(code := content.get("code"), str) else text,
         func_name=str(content.get("func_name") or ""),
+        id=str(content.get("id") or url),
     )
 
 

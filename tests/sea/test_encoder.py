@@ -108,7 +108,7 @@ def test_errors_name_the_limit():
     encoder = tiny_roberta()
     with pytest.raises(ConfigError, match="38 positions"):  # 40 rows less padding id + 1
         encoder.encode([[5] * 39])
-    with pytest.raises(ConfigError, match="budget=37.*36 or less"):
+    with pytest.raises(ConfigError, match=r"budget=37.*36 or less"):
         encoder.check(budget=37, special=2, pad_id=1, vocab_size=60)
     with pytest.raises(ConfigError, match="pad id mismatch: the tokenizer says 0"):
         encoder.check(budget=30, special=2, pad_id=0, vocab_size=60)

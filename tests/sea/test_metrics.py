@@ -91,7 +91,11 @@ def test_released_order_repeats_the_whole_of_answers_only():
 
 def test_tfidf_splits_identifiers():
     assert terms("parseHTTPResponse_fast2(x)") == ["parse", "http", "response", "fast"]
-    pool = ["def readFile(path): open(path)", "def add_numbers(a, b): return a", "class Nothing: pass"]
+    pool = [
+        "def readFile(path): open(path)",
+        "def add_numbers(a, b): return a",
+        "class Nothing: pass",
+    ]
     scores = TfIdf(pool).scores(["how to read a file", "numbers to add", "zzz"])
     assert scores.argmax(1)[:2].tolist() == [0, 1]
     assert scores[2].tolist() == [0.0, 0.0, 0.0]

@@ -178,7 +178,9 @@ class TestFolders:
         ids = set()
         for step in range(3):
             if step == 1:
-                loaded.model.encoder.model.get_parameter("encoder.layer.0.output.dense.bias").data += 1
+                loaded.model.encoder.model.get_parameter(
+                    "encoder.layer.0.output.dense.bias"
+                ).data += 1
             if step == 2:
                 loaded.model.config = replace(loaded.model.config, max_query_tokens=12)
             save_folder(tmp_path / "m", loaded.model, tokenizer_folder=tmp_path / "encoder")
@@ -333,7 +335,16 @@ class TestBatches:
         # Row 5 is a negative of both, so it is there twice, and nobody's answer.
         assert batch.duplicates.sum() == 0
         again = collate([pairs[0], pairs[5]])  # now it is pair 5's own answer
-        assert again.duplicates[1].tolist() == [False, False, True, False, False, True, False, False]
+        assert again.duplicates[1].tolist() == [
+            False,
+            False,
+            True,
+            False,
+            False,
+            True,
+            False,
+            False,
+        ]
         before = pairs[0].functions[2].code_hash
         pairs.set_epoch(1)
         assert pairs[0].functions[2].code_hash != before

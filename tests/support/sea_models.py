@@ -71,7 +71,9 @@ def tiny_roberta(*, pooling: str = "pooler") -> PackedEncoder:
     return PackedEncoder(RobertaModel(config), pooling=pooling).eval()  # pyright: ignore[reportArgumentType]
 
 
-def sequences(count: int = 9, *, low: int = 4, high: int = 58, longest: int = 30) -> list[list[int]]:
+def sequences(
+    count: int = 9, *, low: int = 4, high: int = 58, longest: int = 30
+) -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(low, high, (n,), generator=generator).tolist() for n in lengths]

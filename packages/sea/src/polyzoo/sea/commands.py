@@ -112,9 +112,7 @@ def embed(config: EmbedConfig) -> EmbedReport | None:
     return EmbedReport(str(config.out), count, pipeline.dim, pipeline.model_id)
 
 
-def _vectors(
-    pipeline: SeaPipeline, config: EmbedConfig, records: list[Record]
-) -> np.ndarray:
+def _vectors(pipeline: SeaPipeline, config: EmbedConfig, records: list[Record]) -> np.ndarray:
     if config.kind == "query":
         return pipeline.embed_queries([record.query or "" for record in records])
     return pipeline.embed_code(
@@ -126,7 +124,7 @@ def _items(config: EmbedConfig) -> Iterator[tuple[str, Record]]:
     """Name and record of everything to embed."""
     records = config.data is not None and ".jsonl" in config.data.suffixes
     if records:
-        assert config.data is not None
+        assert config.data is not None  # noqa: S101 - our own promise
         need = config.kind == "query"
         for record in read_records(config.data, need_query=need, language=config.language):
             yield record.url, record

@@ -74,7 +74,9 @@ def convert_checkpoint(
         aggregator=aggregator,
         split=SplitConfig(profile="released"),
     )
-    model = SeaModel(PackedEncoder(empty_encoder(source, pooling="pooler"), pooling="pooler"), config)
+    model = SeaModel(
+        PackedEncoder(empty_encoder(source, pooling="pooler"), pooling="pooler"), config
+    )
     tensors = rename(convert_pickle(checkpoint), aggregator=aggregator, source=str(checkpoint))
     load_into(model, tensors, source=str(checkpoint))
     save_folder(out, model, tokenizer_folder=source)
@@ -139,7 +141,9 @@ def convert_cosqa(codes: Path, queries: Path, out: Path) -> ConvertReport:
         with atomic_write(path) as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as zipped:
             for row in rows:
                 zipped.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    return ConvertReport(out=[str(path) for path in paths], records=len(records), queries=len(pairs))
+    return ConvertReport(
+        out=[str(path) for path in paths], records=len(records), queries=len(pairs)
+    )
 
 
 def _record(index: int, code: str, query: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from polyzoo.sea.baselines import TfIdf
 from polyzoo.sea.caches import prepared_folder
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.metrics import Figures
-from polyzoo.sea.pipeline import SeaPipeline, bare_config
 from polyzoo.sea.model_sources import BARE
 from polyzoo.sea.options import EvalConfig
+from polyzoo.sea.pipeline import SeaPipeline, bare_config
 from polyzoo.sea.prepare import Preparation, prepare_file
 from polyzoo.sea.prepared import Prepared
 from polyzoo.sea.records import Record, read_records
@@ -203,6 +203,6 @@ def _tfidf(config: EvalConfig, queries: Prepared, codebase: Prepared) -> tuple[T
     pool = asked
     if config.codebase is not None:
         pool = read_records(config.codebase, need_query=False, language=config.language)
-    assert [record.url for record in pool] == codebase.urls
-    assert [record.url for record in asked] == queries.urls
+    assert [record.url for record in pool] == codebase.urls  # noqa: S101 - our own promise
+    assert [record.url for record in asked] == queries.urls  # noqa: S101 - our own promise
     return TfIdf([record.code for record in pool]), [record.query or "" for record in asked]

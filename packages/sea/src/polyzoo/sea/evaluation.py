@@ -16,9 +16,9 @@ import torch
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_write
-from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.metrics import Figures, answer_ranks, by_length
 from polyzoo.sea.model import CodeVectors, SeaModel
+from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.prepared import Prepared
 
 _QUERIES_AT_ONCE = 512
@@ -163,9 +163,7 @@ def released_scores(model: SeaModel, embedded: Embedded, answers: np.ndarray) ->
         embedded.codes.entries[torch.from_numpy(rows).to(device)],
         torch.from_numpy(starts).to(device),
     )
-    return lambda first, last: (
-        (embedded.queries[first:last] @ out.vectors.T).float().cpu().numpy()
-    )
+    return lambda first, last: (embedded.queries[first:last] @ out.vectors.T).float().cpu().numpy()
 
 
 def released_rows(

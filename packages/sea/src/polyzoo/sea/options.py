@@ -30,7 +30,7 @@ class EvalConfig:
     ties: Ties = "pessimistic"
     """Where an answer stands among equal scores."""
     aggregator: Aggregator | None = None
-    """Use another combination of the blocks than the model's; only for one that needs no training."""
+    """Combine blocks differently than the model does; only in a way that needs no training."""
     keep_docstrings: bool = False
     """Leave docstrings in the functions; for data whose queries are not their docstrings."""
     baselines: bool = True
@@ -108,7 +108,7 @@ class ConvertConfig:
     checkpoint: Path | None = None
     """checkpoint: the .bin file."""
     encoder: str | None = None
-    """checkpoint: folder or hub id of the RoBERTa encoder it was trained from (config, tokenizer)."""
+    """checkpoint: folder or hub id of the RoBERTa encoder it was trained from."""
     aggregator: Aggregator = "attn1_sum"
     """checkpoint: how it was trained; attn1_sum is one_layer with average."""
     codes: Path | None = None

@@ -1,4 +1,4 @@
-"""From records to pieces: tokenise and split once, on all cores, and keep the result. Torch-free."""
+"""From records to pieces: tokenise and split once, on all cores. Torch-free."""
 
 from __future__ import annotations
 

@@ -175,7 +175,9 @@ class Prepared:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(arrays["origin"].tobytes())
             if header.pop("format") != FORMAT:
-                raise DataError(f"{path}: written by another version; run `polyzoo sea prepare` again")
+                raise DataError(
+                    f"{path}: written by another version; run `polyzoo sea prepare` again"
+                )
             header["prefix"], header["suffix"] = tuple(header["prefix"]), tuple(header["suffix"])
             return cls(
                 origin=Origin(**header),

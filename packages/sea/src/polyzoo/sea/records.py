@@ -1,4 +1,4 @@
-"""CodeSearchNet-format files, read strictly: every error names the file and the line. Torch-free."""
+"""CodeSearchNet-format files, read strictly: errors name file and line. Torch-free."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def _query(content: dict[str, Any], *, where: str, need: bool) -> str | None:
     if query and query.strip():
         return query
     if need:
-        what = "docstring_tokens is empty" if "docstring_tokens" in content else "no docstring_tokens"
+        what = (
+            "docstring_tokens is empty" if "docstring_tokens" in content else "no docstring_tokens"
+        )
         raise DataError(f"{where}: {what}; a query needs docstring_tokens (or docstring)")
     return None
 
@@ -152,8 +154,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         zipped = head.read(2) == b"\x1f\x8b"
     number = 0
     try:
-        with (gzip.open(path, "rb") if zipped else path.open("rb")) as stream:
-            for number, raw in enumerate(stream, start=1):  # noqa: B007 - used in the message
+        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
                 line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 if line.strip():
                     yield number, line.decode("utf-8")

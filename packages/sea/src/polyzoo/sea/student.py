@@ -58,8 +58,7 @@ def build_student(
         )
     if config.max_positions > shape.max_position_embeddings:
         raise ConfigError(
-            f"max_positions={config.max_positions}: the teacher has "
-            f"{shape.max_position_embeddings}"
+            f"max_positions={config.max_positions}: the teacher has {shape.max_position_embeddings}"
         )
     tokenizer = json.loads((teacher / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer["model"].get("type") != "WordPiece":
@@ -125,7 +124,9 @@ def build_random(
     normalizer = normalizers.BertNormalizer(lowercase=True)
     cutter = pre_tokenizers.BertPreTokenizer()
     words = Counter(
-        word for text in texts for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text))
+        word
+        for text in texts
+        for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text))
     )
     tokenizer = Tokenizer(
         models.WordPiece(learn_vocabulary(words, size=vocab_size), unk_token="[UNK]")  # noqa: S106

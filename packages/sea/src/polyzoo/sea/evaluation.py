@@ -150,6 +150,7 @@ def truncated_scores(embedded: Embedded) -> ScoreRows:
     )
 
 
+@torch.no_grad()
 def released_scores(model: SeaModel, embedded: Embedded, answers: np.ndarray) -> ScoreRows:
     """Scores of the published procedure, which favours the answers.
 

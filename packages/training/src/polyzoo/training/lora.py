@@ -32,7 +32,7 @@ def adapt(model: nn.Module, config: LoraConfig, dtype: torch.dtype) -> nn.Module
     targets = _all_linear(model) if everywhere else list(config.targets)
     freeze(model, dtype)
     try:
-        return peft.get_peft_model(
+        adapted = peft.get_peft_model(
             model,
             peft.LoraConfig(
                 r=config.rank,
@@ -45,6 +45,12 @@ def adapt(model: nn.Module, config: LoraConfig, dtype: torch.dtype) -> nn.Module
         )
     except ValueError as error:
         raise ConfigError(f"lora.targets={config.targets!r}: {error}") from error
+    # peft keeps adapters in fp32, but not the modules trained in full: their small updates would
+    # vanish in half precision.
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def _all_linear(model: nn.Module) -> str:

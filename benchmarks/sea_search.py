@@ -116,8 +116,8 @@ def _embedder(model: str):
     if model != "identifiers":
         return load_embedder(model)
     # The encoder of the tests: no weights, and next to no time, so what is measured is the rest.
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sea"))
-    from identifier_encoder import IdentifierEncoder
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from support.identifier_encoder import IdentifierEncoder
 
     return IdentifierEncoder(dim=384)
 

@@ -137,7 +137,9 @@ class CodeIndex:
         """Return the vectors of units, or of blocks, opened on first use."""
         if blocks not in self._stores:
             place = self.settings.place(self.folder, self.generation, blocks=blocks)
-            self._stores[blocks] = open_store(place)
+            # Units first, as the connection that blocks share is theirs.
+            beside = self.store() if blocks else None
+            self._stores[blocks] = open_store(place, beside=beside)
         return self._stores[blocks]
 
     def check_model(self, embedder: Embedder) -> None:
@@ -184,7 +186,7 @@ class CodeIndex:
     def close(self) -> None:
         """Release files and connections."""
         self.catalog.close()
-        for store in self._stores.values():
+        for store in reversed(self._stores.values()):
             store.close()
         self._stores = {}
 

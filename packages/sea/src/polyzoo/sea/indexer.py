@@ -65,7 +65,7 @@ class Indexer:
                 self._apply(complete=True)
             self._finish(stores)
         finally:
-            for store in stores:
+            for store in reversed(stores):
                 store.close()
 
     def _open_stores(self) -> list[VectorStore]:
@@ -76,9 +76,10 @@ class Indexer:
         try:
             for blocks in (False, True)[: 2 if self.settings.keep_blocks else 1]:
                 place = self.settings.place(self.folder, self.generation, blocks=blocks)
-                stores.append(open_store(place, create=create))
+                beside = stores[0] if stores else None
+                stores.append(open_store(place, create=create, beside=beside))
         except BaseException:
-            for store in stores:
+            for store in reversed(stores):
                 store.close()
             raise
         self.catalog.set_meta(stores_made=True)

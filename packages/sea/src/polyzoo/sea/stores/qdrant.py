@@ -40,13 +40,15 @@ class QdrantStore(VectorStore):
         dim: int,
         model_id: str = "",
         create: bool = False,
+        beside: QdrantStore | None = None,
     ) -> None:
         self.dim, self.location, self.alias = dim, location, name
         self.collection = f"{name}{_ALIAS_SEPARATOR}{generation}"
         self._models = import_extra("qdrant_client.models", install="polyzoo-sea[qdrant]")
         self._is_server = location.startswith(("http://", "https://"))
+        self._owns_client = beside is None
         with self._explained():
-            self._client = self._connect()
+            self._client = beside._client if beside else self._connect()
         try:
             with self._explained():
                 if create and not self._client.collection_exists(self.collection):
@@ -131,7 +133,8 @@ class QdrantStore(VectorStore):
                 return np.array(sorted(numbers), np.int64)
 
     def close(self) -> None:
-        self._client.close()
+        if self._owns_client:
+            self._client.close()
 
     def drop(self) -> None:
         with self._explained():

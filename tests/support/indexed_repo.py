@@ -1,0 +1,116 @@
+"""A small repository that tests edit, index and search."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from polyzoo.sea.results import Hit, SearchResult
+from polyzoo.sea.search import Searcher, SearchRequest
+from polyzoo.sea.search_config import IndexConfig
+from polyzoo.sea.update import IndexReport, build_index
+from support.identifier_encoder import IdentifierEncoder
+
+
+class IndexedRepo:
+    """A repository, the folder of its index, and the encoder both are used with."""
+
+    def __init__(self, folder: Path, *, encoder: IdentifierEncoder | None = None) -> None:
+        self.root = folder / "repo"
+        self.out = folder / "index"
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.encoder = encoder or IdentifierEncoder()
+
+    def write(self, path: str, text: str | bytes) -> Path:
+        """Write a file, a little in the past: a fresh file is always read again, which hides bugs."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(text if isinstance(text, bytes) else text.encode())
+        self.age(path)
+        return target
+
+    def age(self, path: str, seconds: float | None = None) -> None:
+        """Date a file back, each time to another moment."""
+        self._ages = getattr(self, "_ages", 1000) - 1
+        moment = time.time() - (self._ages if seconds is None else seconds)
+        os.utime(self.root / path, (moment, moment))
+
+    def config(self, **settings: object) -> IndexConfig:
+        return IndexConfig(**{"repo": self.root, "out": self.out, "model": "identifiers", **settings})
+
+    def index(self, **settings: object) -> IndexReport:
+        return build_index(self.config(**settings), embedder=self.encoder)
+
+    def ask(self, query: str, **settings: object) -> SearchResult:
+        with Searcher(self.out, embedder=self.encoder) as searcher:
+            request = SearchRequest(query=query, **settings)
+            return searcher.search(request, freshness=searcher.freshness())
+
+    def find(self, query: str, **settings: object) -> list[str]:
+        """The symbols found, best first."""
+        return [hit.symbol for hit in self.ask(query, **settings).hits]
+
+    def hit(self, query: str, symbol: str, **settings: object) -> Hit:
+        """The hit with this symbol."""
+        return next(hit for hit in self.ask(query, **settings).hits if hit.symbol == symbol)
+
+
+SHAPES = '''"""Areas of plane figures."""
+
+import math
+
+
+class Circle:
+    """A round figure."""
+
+    def __init__(self, radius):
+        self.radius = radius
+
+    def area(self):
+        """Surface inside the circle."""
+        return math.pi * self.radius ** 2
+
+
+def triangle_area(base, height):
+    """Half of base times height."""
+    return base * height / 2
+'''
+
+NETWORK = '''import socket
+
+
+def open_connection(host, port, timeout=10):
+    """Connect to a server over TCP."""
+    connection = socket.create_connection((host, port), timeout)
+    return connection
+
+
+def read_all_bytes(connection):
+    """Receive until the peer closes."""
+    chunks = []
+    while chunk := connection.recv(65536):
+        chunks.append(chunk)
+    return b"".join(chunks)
+'''
+
+QUEUE_JS = """
+class Queue {
+  // Add an item at the end.
+  push(item) { this.items.push(item); return this.items.length; }
+}
+
+export function debounceCallback(callback, delay) {
+  let timer = null;
+  return (...args) => { clearTimeout(timer); timer = setTimeout(() => callback(...args), delay); };
+}
+"""
+
+
+def small_repo(folder: Path, **settings: object) -> IndexedRepo:
+    """A repository with three files in two languages, not indexed yet."""
+    repo = IndexedRepo(folder, **settings)
+    repo.write("shapes.py", SHAPES)
+    repo.write("net/network.py", NETWORK)
+    repo.write("web/queue.js", QUEUE_JS)
+    return repo

@@ -17,7 +17,7 @@ from polyzoo.core import plain_yaml
 from polyzoo.core.errors import ConfigError
 from polyzoo.core.io import atomic_write
 
-MAX_BYTES = 4 * 2**20
+MAX_BYTES = 2**20
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63
 
@@ -94,9 +94,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(
-                f"{path}: {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} allowed"
-            )
+            raise ConfigError(f"{path}: more than the {MAX_BYTES:,} bytes allowed")
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(

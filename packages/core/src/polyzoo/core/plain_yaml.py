@@ -52,7 +52,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes exactly the texts that `_Loader` would take for something else."""
 
+    def represent_text(self, value: str) -> yaml.Node:
+        # Some of Unicode's line ends do not survive unless they are escaped.
+        style = None if value.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Loader.yaml_implicit_resolvers = {}
 _Dumper.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _SCALARS:
@@ -67,7 +73,8 @@ def read(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{line}{error.problem or error.context}") from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{line}{problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(" ".join(str(error).split())) from None
 

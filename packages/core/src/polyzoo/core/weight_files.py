@@ -75,7 +75,7 @@ def _shards(index: Path) -> Wanted:
         raise WeightsError(f"{index}: is not an index of safetensors files ({error})") from None
     names: dict[Path, list[str]] = {}
     for name, file in items:
-        if not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
+        if not re.fullmatch(r"\w[\w.\-]{,200}\.safetensors", file):
             raise WeightsError(f"{index}: {file!r} is not a .safetensors file of the same folder")
         names.setdefault(index.parent / file, []).append(name)
     if not names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from polyzoo.core.errors import ConfigError
@@ -71,8 +70,6 @@ class AdapterConfig:
     """Inner size of the two factors."""
     scale: float
     """Factor of the product of the two matrices when it is added to the encoder's weight."""
-    base_sha256: str = ""
-    """Fingerprint of the encoder weights this change was trained on; empty means unchecked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,14 +98,21 @@ class SeaConfig:
     tokenizer_sha256: str = ""
     """Fingerprint of the tokenizer this model was trained with; empty means unchecked."""
 
+    @property
+    def whole_entry(self) -> bool:
+        """Whether functions of several blocks get the truncated whole as an entry."""
+        return self.include_whole and self.aggregator != "maxsim"
+
     def __post_init__(self) -> None:
         """Check the relations between fields."""
         _at_least("max_query_tokens", self.max_query_tokens, 4)
         if self.raw == "whole" and not self.include_whole:
-            raise ConfigError("raw='whole' needs include_whole=True: there is no whole-function vector to add")
+            raise ConfigError(
+                "raw='whole' needs include_whole=True: there is no whole-function vector to add"
+            )
         if self.aggregator == "first" and not self.include_whole:
             raise ConfigError(
-                "aggregator='first' is the truncated whole function, but include_whole is False: set it to True"
+                "aggregator='first' is the truncated whole function: it needs include_whole=True"
             )
 
 
@@ -118,56 +122,32 @@ def _at_least(name: str, value: int, least: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CorpusConfig:
-    """What `build-corpus` mines, and by which rules."""
+class StudentConfig:
+    """Shape of a small encoder cut out of the teacher's."""
 
-    sources: tuple[str, ...]
-    """Wheels, sdists, other archives, unpacked folders, or names of installed packages."""
-    out: Path
-    """Folder for train, valid and test .jsonl.gz and report.json."""
-    languages: tuple[Language, ...] = ("python",)
-    """Languages to take."""
-    valid: tuple[str, ...] = ()
-    """Packages of the validation set; commas separate too."""
-    test: tuple[str, ...] = ()
-    """Packages of the test set; commas separate too."""
-    exclude_file: Path | None = None
-    """Package names never to mine, one a line."""
-    exclude: tuple[str, ...] = ()
-    """Further packages never to mine; commas separate too."""
-    licenses: tuple[str, ...] = (
-        "0BSD",
-        "Apache-2.0",
-        "BSD-2-Clause",
-        "BSD-3-Clause",
-        "CC0-1.0",
-        "HPND",
-        "ISC",
-        "MIT",
-        "MIT-0",
-        "PSF-2.0",
-        "Python-2.0",
-        "Unlicense",
-        "Zlib",
-    )
-    """SPDX names allowed; a package needs an expression these satisfy. Empty allows everything."""
-    undocumented: Path | None = None
-    """Also write the training packages' functions without usable documentation to this .jsonl.gz."""
-    min_code_lines: int = 3
-    """Lines of code a function needs, blank ones and the documentation not counted."""
-    min_doc_words: int = 3
-    """Words the first paragraph of the documentation needs."""
-    max_doc_tokens: int = 256
-    """Words and punctuation marks it may have."""
-    workers: int = 0
-    """Processes; 0 takes one per CPU. The result does not depend on it."""
+    vocab_size: int = 8192
+    """Pieces to keep, the most frequent of the training files."""
+    layers: tuple[int, ...] = (0, 2, 5)
+    """Layers of the teacher to start from, in order; their number is the small one's."""
+    max_positions: int = 256
+    """Longest sequence, special tokens included."""
 
     def __post_init__(self) -> None:
-        """Check that there is something to mine."""
-        if not self.sources:
-            raise ConfigError("sources is empty; name at least one archive, folder or package")
-        if not self.languages:
-            raise ConfigError("languages is empty; name at least one")
-        for name in ("min_code_lines", "min_doc_words", "max_doc_tokens"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("workers", self.workers, 0)
+        """Check sizes."""
+        _at_least("vocab_size", self.vocab_size, 105)
+        if not self.layers:
+            raise ConfigError("layers=() names none: at least one layer is needed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomEncoderConfig:
+    """An untrained encoder with a vocabulary learnt from the training file: for tests and demos."""
+
+    vocab_size: int = 1000
+    """Most pieces."""
+    layers: int = 2
+    """Transformer layers."""
+    hidden: int = 64
+    """Channels, a multiple of 32; heads have 32 of them."""
+    max_positions: int = 256
+    """Longest sequence, special tokens included."""

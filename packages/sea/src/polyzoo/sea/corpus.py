@@ -17,8 +17,9 @@ from typing import Any
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_write
+from polyzoo.core.log import progress
 from polyzoo.sea import languages, licences
-from polyzoo.sea.config import CorpusConfig
+from polyzoo.sea.corpus_config import CorpusConfig
 from polyzoo.sea.corpus_report import CorpusReport, PackageReport
 from polyzoo.sea.mining import MinedFile, MineTask, mine_files
 from polyzoo.sea.sources import Package, guessed_name, normalise, open_package
@@ -45,7 +46,7 @@ def build_corpus(config: CorpusConfig) -> CorpusReport:
     sources = _accepted(config, partitions, report)
     rows: list[tuple[Package, str, list[MinedFile]]] = []
     with _pool(config.workers) as pool:
-        for source in sources:
+        for source in progress(sources, description="mining", unit="package"):
             mined = _mine_package(source, config, partitions, report, pool)
             if mined is not None:
                 rows.append(mined)

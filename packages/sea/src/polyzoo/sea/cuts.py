@@ -32,23 +32,24 @@ class Border:
 
 
 def choose_cuts(
-    levels: Sequence[Sequence[Border]], *, size: int, capacity: int, min_size: int
+    levels: Sequence[Sequence[Border]], *, start: int, end: int, capacity: int, min_size: int
 ) -> list[int]:
-    """Starts of the blocks of `size` items; the first is 0, no block is larger than `capacity`.
+    """Starts of the blocks of items [start, end); none is larger than `capacity`.
 
     Args:
         levels: Borders of level 1, 2, ...; inside a part that no level divides,
             any item may begin a block.
-        size: Number of items.
+        start: First item; the first block begins here.
+        end: After the last item.
         capacity: Most items a block may hold, at least 1.
         min_size: A last block smaller than this is avoided where the number of blocks allows, and
             finer borders stand at least this far apart.
     """
-    starts = [0]
+    starts = [start]
     costs = {border.index: border.cost for level in reversed(levels) for border in level}
-    parts = _divide(levels, 0, 0, size, capacity, min_size)
+    parts = _divide(levels, 0, start, end, capacity, min_size)
     for position, points in enumerate(parts):
-        if points[0]:
+        if position:
             starts.append(points[0])
         is_last = position == len(parts) - 1
         starts.extend(_cut_part(points, costs, capacity, min_size if is_last else 0))

@@ -8,6 +8,7 @@ import re
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ from email.parser import HeaderParser
 from importlib import metadata
 from pathlib import Path
 
+from polyzoo.core.archives import extract
 from polyzoo.core.errors import DataError
 from polyzoo.sea import licences
 
 _ARCHIVE_SUFFIXES = (".whl", ".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _SKIPPED_FOLDERS = frozenset({".git", "__pycache__", "node_modules"})
+_METADATA_NAMES = frozenset(
+    {"METADATA", "PKG-INFO", "package.json", "composer.json", "control", "copyright"}
+)
 _METADATA_LIMIT = 4 * 1024 * 1024
 
 
@@ -76,23 +81,29 @@ def open_package(source: str, *, suffixes: tuple[str, ...]) -> Iterator[Package]
                 "give the folder of a source file instead"
             )
         with tempfile.TemporaryDirectory(prefix="polyzoo-corpus-") as temporary:
-            root = Path(temporary)
-            _extract(path, root)
+            wanted = _wanted(path, suffixes)
+            root = extract(path, Path(temporary, "package"), only=wanted)
             yield _folder(root, path, suffixes, fallback=guessed_name(source))
     else:
         yield _installed(source, suffixes)
 
 
-def _extract(path: Path, root: Path) -> None:
+def _wanted(path: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Names of an archive's regular files with source, or with what the package says of itself."""
     try:
         if path.name.endswith((".whl", ".zip")):
             with zipfile.ZipFile(path) as archive:
-                archive.extractall(root)  # noqa: S202
+                names = [info.filename for info in archive.infolist() if not info.is_dir()]
         else:
             with tarfile.open(path) as archive:
-                archive.extractall(root, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: cannot be unpacked: {error}") from error
+                names = [member.name for member in archive if member.isreg()]
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: is damaged or of an unknown kind: {error}") from error
+    return [
+        name
+        for name in names
+        if name.lower().endswith(suffixes) or name.rsplit("/", 1)[-1] in _METADATA_NAMES
+    ]
 
 
 def _folder(root: Path, source: Path, suffixes: tuple[str, ...], *, fallback: str) -> Package:

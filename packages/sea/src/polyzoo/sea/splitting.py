@@ -84,11 +84,11 @@ def split(text: str, *, language: str, config: SplitConfig, tokenize: Tokenize) 
         ranges, fallback = _ast_ranges(prepared, config)
     else:
         ranges = _window_ranges(prepared, config)
-    repeated = _repeated_signature(prepared, config, len(ranges))
+    repeated = _repeated_signature(prepared, config) if len(ranges) > 1 else []
     kept = _thinned(ranges, config.max_blocks)
     lines = LineIndex(text)
     blocks = tuple(
-        _block(prepared, lines, first, last, label, [] if first < len(repeated) else repeated)
+        _block(prepared, lines, first, last, label, repeated if first else [])
         for first, last, label in kept
     )
     return Split(
@@ -111,12 +111,13 @@ def _ast_ranges(
     if size <= config.budget:
         return [(0, size, first_label)], fallback
     signature = _signature_size(prepared)
-    repeated = signature if config.repeat_signature else 0
-    capacity = config.budget - config.overlap - repeated
+    # A repeated signature stands before every block, so only the body is cut.
+    body = signature if config.repeat_signature else 0
+    capacity = config.budget - config.overlap - body
     if capacity < 1:
         raise DataError(
             f"budget={config.budget} leaves no room for code beside the repeated signature of "
-            f"{repeated} pieces and overlap={config.overlap}; raise the budget, or set "
+            f"{body} pieces and overlap={config.overlap}; raise the budget, or set "
             "repeat_signature=False"
         )
     if fallback is None:
@@ -126,15 +127,17 @@ def _ast_ranges(
             levels.append(tree_borders.tokens())
     else:
         levels = [borders.line_borders(prepared.text, prepared.starts)]
-    cuts = choose_cuts(levels, size=size, capacity=capacity, min_size=config.min_tokens)
+    levels = [[border for border in level if border.index > body] for level in levels]
+    cuts = choose_cuts(levels, start=body, end=size, capacity=capacity, min_size=config.min_tokens)
     labels: dict[int, str] = {
         border.index: border.label for level in reversed(levels) for border in level
     }
-    ends = [*cuts[1:], size]
-    return [
-        (max(first - config.overlap, 0), last, labels.get(first, "piece") if first else first_label)
-        for first, last in zip(cuts, ends, strict=True)
-    ], fallback
+    ranges = [(0, [*cuts, size][1], first_label)]
+    ranges.extend(
+        (max(first - config.overlap, body), last, labels.get(first, "piece"))
+        for first, last in pairwise([*cuts[1:], size])
+    )
+    return ranges, fallback
 
 
 def _has_gap(level: list[Border], size: int, capacity: int) -> bool:
@@ -161,8 +164,8 @@ def _signature_size(prepared: PreparedSource) -> int:
     return 0 if offset is None else bisect_left(prepared.starts, offset)
 
 
-def _repeated_signature(prepared: PreparedSource, config: SplitConfig, blocks: int) -> list[int]:
-    if not config.repeat_signature or config.kind != "ast" or blocks < 2:
+def _repeated_signature(prepared: PreparedSource, config: SplitConfig) -> list[int]:
+    if not config.repeat_signature or config.kind != "ast":
         return []
     return prepared.pieces.ids[: _signature_size(prepared)]
 

@@ -19,7 +19,14 @@ from polyzoo.sea.index import CodeIndex, default_folder, find_folder
 from polyzoo.sea.search import Searcher, SearchRequest
 from support.cli import child_environment
 from support.identifier_encoder import IdentifierEncoder
-from support.indexed_repo import NETWORK, SHAPES, IndexedRepo, small_repo
+from support.indexed_repo import (
+    NETWORK,
+    SHAPES,
+    IndexedRepo,
+    assert_as_made_anew,
+    contents,
+    small_repo,
+)
 
 CHILD = Path(__file__).parents[1] / "support" / "index_child.py"
 
@@ -27,45 +34,6 @@ CHILD = Path(__file__).parents[1] / "support" / "index_child.py"
 @pytest.fixture
 def repo(tmp_path):
     return small_repo(tmp_path)
-
-
-def contents(repo: IndexedRepo):
-    """Everything a reader can see: units with their places, words and vectors."""
-    index = CodeIndex.open(repo.out)
-    try:
-        ids = [row[0] for row in index.catalog.rows("SELECT id FROM units WHERE live = 1")]
-        units = index.catalog.units(ids)
-        found, vectors = index.store().get(np.array(sorted(ids), np.int64))
-        by_id = dict(zip(found.tolist(), vectors, strict=True))
-        words = dict(
-            (row[0], row[1:])
-            for row in index.catalog.rows(
-                "SELECT rowid, symbol, path, docstring, body FROM lexicon ORDER BY rowid"
-            )
-        )
-        assert sorted(words) == sorted(ids)
-        assert sorted(by_id) == sorted(number for number in ids if units[number].embedded)
-        return sorted(
-            (
-                (
-                    unit.path, unit.symbol, unit.kind, unit.first_line, unit.last_line, unit.text,
-                    unit.docstring or "", unit.gaps, unit.blocks, words[number],
-                    tuple(by_id[number].tolist()) if number in by_id else None,
-                )
-                for number, unit in units.items()
-            ),
-        )  # fmt: skip
-    finally:
-        index.close()
-
-
-def assert_as_made_anew(repo: IndexedRepo, tmp_path: Path) -> None:
-    """Oracle: an index of the same files that was never updated."""
-    fresh = IndexedRepo(tmp_path / f"fresh-{os.urandom(4).hex()}")
-    fresh.root.rmdir()
-    fresh.root.symlink_to(repo.root)
-    fresh.index()
-    assert contents(repo) == contents(fresh)
 
 
 def test_first_index(repo):
@@ -305,18 +273,10 @@ def test_another_model_is_refused_with_the_way_out(repo, tmp_path):
     repo.encoder = other
     assert repo.index(rebuild=True).model_id == "identifiers-64-1"
     assert repo.ask("circle").hits
-    assert_as_made_anew_with(repo, tmp_path, other)
+    assert_as_made_anew(repo, tmp_path)
     repo.encoder = right
     with pytest.raises(ConfigError, match="identifiers-64-0"):
         repo.index()
-
-
-def assert_as_made_anew_with(repo, tmp_path, encoder):
-    fresh = IndexedRepo(tmp_path / "fresh", encoder=encoder)
-    fresh.root.rmdir()
-    fresh.root.symlink_to(repo.root)
-    fresh.index()
-    assert contents(repo) == contents(fresh)
 
 
 def test_settings_of_the_index_cannot_change_by_the_way(repo):

@@ -6,6 +6,9 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+
+from polyzoo.sea.index import CodeIndex
 from polyzoo.sea.results import Hit, SearchResult
 from polyzoo.sea.search import Searcher, SearchRequest
 from polyzoo.sea.search_config import IndexConfig
@@ -114,3 +117,43 @@ def small_repo(folder: Path, **settings: object) -> IndexedRepo:
     repo.write("net/network.py", NETWORK)
     repo.write("web/queue.js", QUEUE_JS)
     return repo
+
+
+def contents(repo: IndexedRepo):
+    """Everything a reader can see: units with their places, words and vectors."""
+    index = CodeIndex.open(repo.out)
+    try:
+        ids = [row[0] for row in index.catalog.rows("SELECT id FROM units WHERE live = 1")]
+        units = index.catalog.units(ids)
+        found, vectors = index.store().get(np.array(sorted(ids), np.int64))
+        by_id = dict(zip(found.tolist(), vectors, strict=True))
+        words = dict(
+            (row[0], row[1:])
+            for row in index.catalog.rows(
+                "SELECT rowid, symbol, path, docstring, body FROM lexicon ORDER BY rowid"
+            )
+        )
+        assert sorted(words) == sorted(ids)
+        assert sorted(by_id) == sorted(number for number in ids if units[number].embedded)
+        return sorted(
+            (
+                (
+                    unit.path, unit.symbol, unit.kind, unit.first_line, unit.last_line, unit.text,
+                    unit.docstring or "", unit.gaps, unit.blocks, words[number],
+                    tuple(by_id[number].tolist()) if number in by_id else None,
+                )
+                for number, unit in units.items()
+            ),
+        )  # fmt: skip
+    finally:
+        index.close()
+
+
+def assert_as_made_anew(repo: IndexedRepo, tmp_path: Path) -> None:
+    """Oracle: an index of the same files that was never updated."""
+    folder = tmp_path / f"fresh-{os.urandom(4).hex()}"
+    fresh = IndexedRepo(folder, encoder=repo.encoder)
+    fresh.root.rmdir()
+    fresh.root.symlink_to(repo.root)
+    fresh.index()
+    assert contents(repo) == contents(fresh)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from polyzoo.core.errors import DataError, PolyzooError
+from polyzoo.core.io import atomic_path
 from polyzoo.sea import lexical
 from polyzoo.sea.stores.base import Filter
 
@@ -137,17 +138,20 @@ class Catalog:
         self._cache_version = -1
         with self.explained():
             self._db = _connect(path, write=write, create=create)
-            if create:
+            if create:  # without a log beside it, as the file is about to be renamed
                 self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
             self._db.execute("SELECT value FROM meta LIMIT 1")
 
     @classmethod
-    def create(cls, path: Path) -> Catalog:
-        """Make an empty catalog."""
-        path.unlink(missing_ok=True)
-        for suffix in ("-wal", "-shm"):
+    def create(cls, path: Path, **meta: Any) -> Catalog:
+        """Make a catalog that holds nothing but these values; it appears whole or not at all."""
+        for suffix in ("-wal", "-shm", ""):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
-        return cls(path, write=True, create=True)
+        with atomic_path(path) as temporary:
+            catalog = cls(temporary, create=True)
+            catalog.set_meta(**meta)
+            catalog.close()
+        return cls(path, write=True)
 
     def close(self) -> None:
         """Close the file."""
@@ -175,6 +179,16 @@ class Catalog:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read one state inside, whatever is committed meanwhile."""
+        with self.explained():
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("ROLLBACK")
 
     def get_meta(self, key: str, default: Any = None) -> Any:
         """Return a stored value."""

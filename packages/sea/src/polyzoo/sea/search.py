@@ -28,6 +28,7 @@ FUSION_OFFSET = 60
 """Reciprocal rank fusion: a hit's share is weight / (this + rank), so that no first place decides alone."""
 
 _DEPTH = 200
+_TRIES = 3
 
 Mode = Literal["hybrid", "vector", "lexical"]
 Ranking = list[tuple[int, float]]
@@ -110,28 +111,20 @@ class Searcher:
         if not request.query.strip():
             raise DataError("the query is empty; say in words what the code does")
         clock = _Clock()
-        self._refresh()
-        state = self.index.state()
-        mode = request.mode
-        if mode == "hybrid" and not state.embedded:
-            mode = "lexical"
-        where = self._filter(request)
-        vector: Ranking = []
-        words: Ranking = []
-        query: Vectors | None = None
-        if mode != "lexical":
-            with clock.measure("encode"):
-                query = self.load().embed_queries([request.query])[0]
-            with clock.measure("vectors"):
-                vector = self._rank_vectors(query, request, where)
-        if mode != "vector":
-            with clock.measure("words"):
-                terms = query_terms(request.query)
-                depth = max(_DEPTH, 4 * request.top_k)
-                words = self.index.catalog.match(terms, limit=depth, where=where)
-        best = _fuse(vector, words, request, mode)
-        with clock.measure("blocks"):
-            hits = self._hits(best, vector, words, query, request)
+        for _ in range(_TRIES):
+            self._refresh()
+            revision = self._revision()
+            mode, query = self._mode(request), None
+            if mode != "lexical":
+                with clock.measure("encode"):
+                    query = self.load().embed_queries([request.query])[0]
+            with self.index.catalog.snapshot():
+                state = self.index.state()
+                hits = self._answer(request, mode, query, clock)
+            # Vectors have no snapshots: an update that became visible meanwhile may have removed some
+            # that this state still names.
+            if self._revision() == revision and self.index.is_current():
+                break
         settings = self.index.settings
         return SearchResult(
             query=request.query,
@@ -159,10 +152,37 @@ class Searcher:
             self._checked = False
             self._paths.clear()
 
+    def _revision(self) -> int:
+        return int(self.index.catalog.get_meta("revision", 0))
+
+    def _mode(self, request: SearchRequest) -> Mode:
+        """Words only, while there are no vectors at all."""
+        if request.mode == "hybrid" and not self.index.state().embedded:
+            return "lexical"
+        return request.mode
+
+    def _answer(
+        self, request: SearchRequest, mode: Mode, query: Vectors | None, clock: _Clock
+    ) -> tuple[Hit, ...]:
+        where = self._filter(request)
+        vector: Ranking = []
+        words: Ranking = []
+        if query is not None:
+            with clock.measure("vectors"):
+                vector = self._rank_vectors(query, request, where)
+        if mode != "vector":
+            with clock.measure("words"):
+                terms = query_terms(request.query)
+                depth = max(_DEPTH, 4 * request.top_k)
+                words = self.index.catalog.match(terms, limit=depth, where=where)
+        best = _fuse(vector, words, request, mode)
+        with clock.measure("blocks"):
+            return self._hits(best, vector, words, query, request)
+
     def _filter(self, request: SearchRequest) -> Filter:
         files = None
         if request.paths:
-            key = (int(self.index.catalog.get_meta("revision", 0)), request.paths)
+            key = (self._revision(), request.paths)
             if key not in self._paths:
                 patterns = compile_patterns(request.paths, option="path")
                 rows = self.index.catalog.rows("SELECT id, path FROM files ORDER BY id")

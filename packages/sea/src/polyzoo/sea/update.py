@@ -99,6 +99,7 @@ def build_index(config: IndexConfig, *, embedder: Embedder | None = None) -> Ind
         old = current_generation(folder)  # another process may just have made it
         if old is None:
             return _first(config, repo, folder, embedder, start)
+        _sweep(folder, old)
         catalog = Catalog(catalog_path(folder, old), write=True)
         try:
             return _again(config, repo, folder, old, catalog, embedder, start)
@@ -157,7 +158,7 @@ def _again(
         _check_unchanged(config, old, folder)
         if rules != old.rules:
             write_settings(catalog, replace(old, rules=rules))
-        _discard(folder, generation + 1, old)  # a rebuild that was given up
+        _discard(folder, generation + 1)  # a rebuild that was given up
         return _run(folder, generation, catalog, model, start)
     settings = _new_settings(config, repo, folder, name, model.get(), rules, old)
     anew = _begin(folder, generation + 1, settings)
@@ -167,7 +168,7 @@ def _again(
         anew.close()
     switch_generation(folder, generation + 1)
     catalog.close()
-    _discard(folder, generation, old)
+    _discard(folder, generation)
     return report
 
 
@@ -278,19 +279,27 @@ def _begin(folder: Path, generation: int, settings: IndexSettings) -> Catalog:
         catalog = Catalog(path, write=True)
         if catalog.get_meta("settings") == dump(settings):
             return catalog
-        begun = read_settings(catalog) if catalog.get_meta("settings") else settings
         catalog.close()
-        _discard(folder, generation, begun)
-    catalog = Catalog.create(path)
-    write_settings(catalog, settings)
-    return catalog
+        _discard(folder, generation)
+    return Catalog.create(path, settings=dump(settings))
 
 
-def _discard(folder: Path, generation: int, settings: IndexSettings) -> None:
-    """Remove a generation nobody reads any more; what a reader has open stays until it closes it."""
+def _sweep(folder: Path, generation: int) -> None:
+    """Remove what a run left that was killed between switching to this generation and tidying up."""
+    for path in folder.glob("catalog-*.sqlite"):
+        number = path.stem.removeprefix("catalog-")
+        if number.isdigit() and int(number) < generation:
+            _discard(folder, int(number))
+
+
+def _discard(folder: Path, generation: int) -> None:
+    """Remove a generation nobody reads any more; a reader that has it open keeps it until then."""
     path = catalog_path(folder, generation)
     if not path.exists():
         return
+    catalog = Catalog(path)
+    settings = read_settings(catalog)
+    catalog.close()
     for blocks in (False, True):
         place = settings.place(folder, generation, blocks=blocks)
         with suppress(DataError):  # it was never made

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 from polyzoo.sea.embedder import load_embedder
-from polyzoo.sea.search import Searcher, SearchRequest
-from polyzoo.sea.search_config import IndexConfig
+from polyzoo.sea.search import Searcher
+from polyzoo.sea.search_config import IndexConfig, SearchRequest
 from polyzoo.sea.update import build_index
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from polyzoo.core.errors import DataError, PolyzooError
 from polyzoo.sea.index import CodeIndex, current_generation
-from polyzoo.sea.search import Searcher, SearchRequest
+from polyzoo.sea.search import Searcher
+from polyzoo.sea.search_config import SearchRequest
 from support.cli import child_environment
 from support.indexed_repo import SHAPES, IndexedRepo, assert_as_made_anew
 

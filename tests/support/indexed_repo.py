@@ -10,8 +10,8 @@ import numpy as np
 
 from polyzoo.sea.index import CodeIndex
 from polyzoo.sea.results import Hit, SearchResult
-from polyzoo.sea.search import Searcher, SearchRequest
-from polyzoo.sea.search_config import IndexConfig
+from polyzoo.sea.search import Searcher
+from polyzoo.sea.search_config import IndexConfig, SearchRequest
 from polyzoo.sea.update import IndexReport, build_index
 from support.identifier_encoder import IdentifierEncoder
 

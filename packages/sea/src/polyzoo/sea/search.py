@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -20,7 +18,7 @@ from polyzoo.sea.index import CodeIndex, Freshness, IndexState, find_folder
 from polyzoo.sea.lexical import query_terms
 from polyzoo.sea.locating import Locator
 from polyzoo.sea.results import Hit, SearchResult
-from polyzoo.sea.search_config import SearchConfig
+from polyzoo.sea.search_config import Mode, SearchConfig, SearchRequest
 from polyzoo.sea.stores import Filter, Vectors
 from polyzoo.sea.walk import compile_patterns
 
@@ -30,29 +28,8 @@ FUSION_OFFSET = 60
 _DEPTH = 200
 _TRIES = 3
 
-Mode = Literal["hybrid", "vector", "lexical"]
 Ranking = list[tuple[int, float]]
 """Numbers of units and their scores, best first."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchRequest:
-    """One question to an index."""
-
-    query: str
-    top_k: int = 10
-    mode: Mode = "hybrid"
-    languages: tuple[str, ...] = ()
-    paths: tuple[str, ...] = ()
-    """Patterns in .gitignore syntax."""
-    kinds: tuple[str, ...] = ()
-    vector_weight: float = 1.0
-    lexical_weight: float = 1.0
-    maxsim: bool = False
-    blocks: bool = True
-    """Find the best block of each hit."""
-    context: int = 6
-    """Lines of code per hit."""
 
 
 class Searcher:
@@ -265,24 +242,11 @@ class Searcher:
 def main(config: SearchConfig) -> SearchResult:
     """Run the command."""
     folder = config.index or find_folder(config.repo)
-    request = SearchRequest(
-        query=config.query,
-        top_k=config.top_k,
-        mode=config.mode,
-        languages=tuple(config.language),
-        paths=tuple(config.path),
-        kinds=tuple(config.kind),
-        vector_weight=config.vector_weight,
-        lexical_weight=config.lexical_weight,
-        maxsim=config.maxsim,
-        blocks=not config.no_blocks,
-        context=config.context,
-    )
     with Searcher(folder, model=config.model) as searcher:
         freshness = None
         if not config.no_check and Path(searcher.index.settings.repo).is_dir():
             freshness = searcher.freshness()
-        return searcher.search(request, freshness=freshness)
+        return searcher.search(config.request(), freshness=freshness)
 
 
 def _fuse(vector: Ranking, words: Ranking, request: SearchRequest, mode: Mode) -> Ranking:

@@ -11,6 +11,8 @@ from tyro.conf import Positional
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Language
 
+Mode = Literal["hybrid", "vector", "lexical"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexConfig:
@@ -52,6 +54,39 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SearchRequest:
+    """One question to an index."""
+
+    query: str
+    top_k: int = 10
+    mode: Mode = "hybrid"
+    languages: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    """Patterns in .gitignore syntax."""
+    kinds: tuple[str, ...] = ()
+    vector_weight: float = 1.0
+    lexical_weight: float = 1.0
+    maxsim: bool = False
+    blocks: bool = True
+    """Find the best block of each hit."""
+    context: int = 6
+    """Lines of code per hit."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; NaN is in none."""
+        if not 1 <= self.top_k <= 1000:
+            raise ConfigError(f"top_k={self.top_k} must be from 1 to 1000")
+        if self.context < 0:
+            raise ConfigError(f"context={self.context} must be 0 or more")
+        for name in ("vector_weight", "lexical_weight"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1000:
+                raise ConfigError(f"{name}={value} must be from 0 to 1000")
+        if self.mode == "hybrid" and not self.vector_weight + self.lexical_weight:
+            raise ConfigError("vector_weight and lexical_weight are both 0: nothing is left to rank by")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
     """What `search` looks for, and where."""
 
@@ -63,7 +98,7 @@ class SearchConfig:
     """Folder of the index, where `index --out` put it elsewhere."""
     top_k: int = 10
     """Hits to show."""
-    mode: Literal["hybrid", "vector", "lexical"] = "hybrid"
+    mode: Mode = "hybrid"
     """Meaning and words together, or one of them; lexical needs no model."""
     language: tuple[Language, ...] = ()
     """Only units of these languages."""
@@ -88,18 +123,23 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Check what tyro cannot."""
-        if not 1 <= self.top_k <= 1000:
-            raise ConfigError(f"top_k={self.top_k} must be from 1 to 1000")
-        if self.context < 0:
-            raise ConfigError(f"context={self.context} must be 0 or more")
-        for name in ("vector_weight", "lexical_weight"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1000:
-                raise ConfigError(f"{name}={value} must be from 0 to 1000")
-        if self.mode == "hybrid" and not self.vector_weight + self.lexical_weight:
-            raise ConfigError(
-                "vector_weight and lexical_weight are both 0: nothing is left to rank by"
-            )
+        self.request()
+
+    def request(self) -> SearchRequest:
+        """Return the question alone."""
+        return SearchRequest(
+            query=self.query,
+            top_k=self.top_k,
+            mode=self.mode,
+            languages=tuple(self.language),
+            paths=tuple(self.path),
+            kinds=tuple(self.kind),
+            vector_weight=self.vector_weight,
+            lexical_weight=self.lexical_weight,
+            maxsim=self.maxsim,
+            blocks=not self.no_blocks,
+            context=self.context,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

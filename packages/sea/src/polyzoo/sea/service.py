@@ -14,8 +14,8 @@ from polyzoo.core.errors import ConfigError, PolyzooError
 from polyzoo.core.log import get_logger
 from polyzoo.sea.embedder import Embedder
 from polyzoo.sea.index import CodeIndex, Freshness
-from polyzoo.sea.search import Searcher, SearchRequest
-from polyzoo.sea.search_config import ServeConfig
+from polyzoo.sea.search import Searcher
+from polyzoo.sea.search_config import SearchRequest, ServeConfig
 from polyzoo.sea.status import describe
 
 logger = get_logger(__name__)

@@ -467,3 +467,14 @@ def test_writes_are_one_transaction_readers_never_see_half_an_update(repo):
     assert reader.execute("SELECT count(*) FROM units WHERE live = 1").fetchone() == count
     reader.close()
     assert "brand_new" in repo.find("brand new")
+
+
+def test_several_processes_read_the_same(tmp_path):
+    repo = IndexedRepo(tmp_path)
+    for number in range(230):
+        repo.write(f"p{number % 7}/m{number}.py", SHAPES.replace("Circle", f"Circle{number}"))
+    repo.write("bad.py", b"x = '\xff'\n")
+    report = repo.index(jobs=2)
+    assert report.added == 231
+    assert len(report.problems) == 1
+    assert_as_made_anew(repo, tmp_path)

@@ -37,7 +37,8 @@ CREATE TABLE units (
     id INTEGER PRIMARY KEY, live INTEGER NOT NULL, file INTEGER NOT NULL, language TEXT NOT NULL,
     kind TEXT NOT NULL, symbol TEXT NOT NULL, first_line INTEGER NOT NULL,
     last_line INTEGER NOT NULL, signature TEXT NOT NULL, docstring TEXT, text TEXT NOT NULL,
-    gaps TEXT NOT NULL, hash TEXT NOT NULL, embedded INTEGER NOT NULL DEFAULT 0, blocks TEXT
+    gaps TEXT NOT NULL, hash TEXT NOT NULL, embedded INTEGER NOT NULL DEFAULT 0, blocks TEXT,
+    sketch BLOB
 );
 CREATE INDEX units_by_file ON units (file);
 CREATE INDEX units_by_hash ON units (hash);
@@ -119,6 +120,8 @@ class UnitRow:
     embedded: bool
     blocks: tuple[tuple[int, int], ...]
     """First and last line of each block, as lines of `text`; empty before it is embedded."""
+    sketch: bytes | None
+    """The blocks' vectors in 8 bits, see `sketch`; None where there is only one block."""
 
     def file_line(self, line: int) -> int:
         """Return the line of the file, counted from 1, that a line of `text` stands on."""
@@ -211,7 +214,7 @@ class Catalog:
         """Return those of the numbers that are live, by number."""
         found = self.rows(
             """SELECT u.id, u.file, f.path, u.language, u.kind, u.symbol, u.first_line, u.last_line,
-                      u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks
+                      u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks, u.sketch
                FROM units u JOIN files f ON f.id = u.file
                WHERE u.live = 1 AND u.id IN (SELECT value FROM json_each(?))""",
             (json.dumps([int(number) for number in ids]),),
@@ -354,8 +357,8 @@ def _conditions(where: Filter | None) -> tuple[str, list[Any]]:
 
 
 def _unit(row: tuple[Any, ...]) -> UnitRow:
-    *plain, gaps, content, embedded, blocks = row
-    return UnitRow(*plain, _pairs(gaps), content, embedded == 1, _pairs(blocks or "[]"))
+    *plain, gaps, content, embedded, blocks, sketch = row
+    return UnitRow(*plain, _pairs(gaps), content, embedded == 1, _pairs(blocks or "[]"), sketch)
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:

@@ -48,7 +48,7 @@ class Locator:
             if (other.symbol, other.kind) == (unit.symbol, unit.kind):
                 text, gaps = compact(other)
                 # Its blocks were cut in the old text.
-                new = replace(_at(unit, other), text=text, blocks=(), embedded=False)
+                new = replace(_at(unit, other), text=text, blocks=(), sketch=None, embedded=False)
                 return Location(new, "changed")
         return Location(unit, "gone")
 

@@ -13,7 +13,7 @@ from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.sea.catalog import UnitRow
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import unit_of_block
-from polyzoo.sea.excerpts import Excerpts
+from polyzoo.sea.excerpts import excerpt
 from polyzoo.sea.index import CodeIndex, Freshness, IndexState, find_folder
 from polyzoo.sea.lexical import query_terms
 from polyzoo.sea.locating import Locator
@@ -205,17 +205,12 @@ class Searcher:
         locator = Locator(Path(self.index.settings.repo), self.index.catalog)
         shown = [(number, score) for number, score in best if number in units]
         places = [locator.locate(units[number]) for number, _ in shown]
-        blocks = [None] * len(shown)
-        if request.blocks:
-            excerpts = Excerpts(self.index, self._embedder if query is not None else None)
-            blocks = excerpts.of(
-                [place.unit for place in places], request.query, query, request.context
-            )
         hits = []
-        for rank, ((number, score), place, block) in enumerate(
-            zip(shown, places, blocks, strict=True), start=1
-        ):
+        for rank, ((number, score), place) in enumerate(zip(shown, places, strict=True), start=1):
             unit, v, w = place.unit, by_vector.get(number), by_words.get(number)
+            block = None
+            if request.blocks:
+                block = excerpt(unit, request.query, query, request.context)
             hits.append(
                 Hit(
                     rank=rank,

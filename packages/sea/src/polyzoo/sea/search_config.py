@@ -41,11 +41,11 @@ class IndexConfig:
     vendored: bool = False
     """Enter hidden and vendored folders, too."""
     keep_blocks: bool = False
-    """Store the vectors of blocks as well, for --maxsim and faster highlighting."""
+    """Store the vectors of blocks in full as well, for --maxsim."""
     rebuild: bool = False
     """Make the index anew; readers keep the old one until the new one is complete."""
-    jobs: int = 0
-    """Processes that read and parse files; 0 takes one per core where there are many files."""
+    jobs: int = 1
+    """Processes that read and parse files, where there are hundreds; 0 takes one per core."""
 
     def __post_init__(self) -> None:
         """Check what tyro cannot."""

@@ -29,6 +29,16 @@ class WaitingUnit:
     hash: str
 
 
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """The blocks of a unit."""
+
+    lines: list[list[int]]
+    """First and last line of each, as lines of the unit's text."""
+    sketch: bytes | None
+    """Their vectors in 8 bits; None where there is only one."""
+
+
 @dataclass(slots=True)
 class Changes:
     """What a walk found, apart from the files whose content has to be read into units."""
@@ -144,25 +154,29 @@ class Staging:
         """Return how many units have no vector."""
         return int(self.catalog.rows("SELECT count(*) FROM units WHERE embedded = 0")[0][0])
 
-    def twins(self, hashes: Iterable[str]) -> dict[str, tuple[int, str]]:
-        """Return, by content, a unit that has a vector already, and the lines of its blocks."""
+    def twins(self, hashes: Iterable[str]) -> dict[str, tuple[int, BlockInfo]]:
+        """Return, by content, a unit that has a vector already, and what is known of its blocks."""
         found = self.catalog.rows(
-            "SELECT hash, id, blocks FROM units WHERE embedded = 1 "
+            "SELECT hash, id, blocks, sketch FROM units WHERE embedded = 1 "
             "AND hash IN (SELECT value FROM json_each(?))",
             (json.dumps(list(hashes)),),
         )
-        return {content: (number, blocks) for content, number, blocks in found}
+        return {
+            content: (number, BlockInfo(json.loads(lines), sketch))
+            for content, number, lines, sketch in found
+        }
 
-    def mark_embedded(self, blocks: Mapping[int, str | None]) -> None:
-        """Say that units have vectors, and where their blocks are (JSON of line pairs).
+    def mark_embedded(self, blocks: Mapping[int, BlockInfo | None]) -> None:
+        """Say that units have vectors, and where their blocks are.
 
         None in place of the blocks says that the model has no vector for the unit.
         """
         with self.catalog.transaction():
-            for number, spans in blocks.items():
+            for number, info in blocks.items():
+                state = (2, None, None) if info is None else (1, json.dumps(info.lines), info.sketch)
                 self.catalog.execute(
-                    "UPDATE units SET embedded = ?, blocks = ? WHERE id = ?",
-                    (2 if spans is None else 1, spans, number),
+                    "UPDATE units SET embedded = ?, blocks = ?, sketch = ? WHERE id = ?",
+                    (*state, number),
                 )
 
     def dead(self) -> list[int]:

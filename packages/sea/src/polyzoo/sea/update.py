@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -132,7 +133,7 @@ def _first(
     try:
         # At once, so that readers may search words while vectors are made.
         switch_generation(folder, 1)
-        return _run(folder, 1, catalog, model, start)
+        return _run(config, folder, 1, catalog, model, start)
     finally:
         catalog.close()
 
@@ -159,11 +160,11 @@ def _again(
         if rules != old.rules:
             write_settings(catalog, replace(old, rules=rules))
         _discard(folder, generation + 1)  # a rebuild that was given up
-        return _run(folder, generation, catalog, model, start)
+        return _run(config, folder, generation, catalog, model, start)
     settings = _new_settings(config, repo, folder, name, model.get(), rules, old)
     anew = _begin(folder, generation + 1, settings)
     try:
-        report = _run(folder, generation + 1, anew, model, start)
+        report = _run(config, folder, generation + 1, anew, model, start)
     finally:
         anew.close()
     switch_generation(folder, generation + 1)
@@ -173,9 +174,15 @@ def _again(
 
 
 def _run(
-    folder: Path, generation: int, catalog: Catalog, model: PendingEmbedder, start: float
+    config: IndexConfig,
+    folder: Path,
+    generation: int,
+    catalog: Catalog,
+    model: PendingEmbedder,
+    start: float,
 ) -> IndexReport:
-    indexer = Indexer(folder, generation, catalog, model)
+    jobs = config.jobs or os.cpu_count() or 1
+    indexer = Indexer(folder, generation, catalog, model, jobs=jobs)
     indexer.run()
     settings, counts = indexer.settings, indexer.counts
     units, embedded = catalog.coverage()

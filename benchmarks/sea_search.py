@@ -1,9 +1,9 @@
-"""Index time, one-file update time and search latency over an installed package; one JSON line each.
+"""Index, update and search times over an installed package, one JSON line each.
 
-    python benchmarks/sea_search.py --repo $(python -c "import transformers; print(transformers.__path__[0])")
+    python benchmarks/sea_search.py --repo .venv/lib/python3.11/site-packages/transformers
 
-Queries are first lines of the package's own documentation, drawn with a seed. Without --index the index
-is made in a temporary folder. --updates edits a copy of the package, never the package.
+Queries are first lines of the package's own documentation, drawn with a seed. Without --index the
+index is made in a temporary folder. --updates edits a copy of the package, never the package.
 """
 
 from __future__ import annotations

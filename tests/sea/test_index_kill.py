@@ -1,4 +1,4 @@
-"""SIGKILL at any instant, and readers at work meanwhile: never broken, never stale without saying so."""
+"""SIGKILL at any instant, readers at work meanwhile: never broken, never stale in silence."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ def test_killed_while_updating(tmp_path, kills):
 def test_a_killed_first_index_goes_on_where_it_was(tmp_path):
     repo = IndexedRepo(tmp_path)
     for number in range(60):
-        repo.write(f"m{number}.py", SHAPES.replace("Circle", f"Circle{number}").replace("2", str(number)))
+        repo.write(
+            f"m{number}.py", SHAPES.replace("Circle", f"Circle{number}").replace("2", str(number))
+        )
     child = start(repo, 0.3)
     deadline = time.monotonic() + 60
     embedded = 0
@@ -184,7 +186,7 @@ def test_killed_while_rebuilding(tmp_path, kills):
 
 
 def test_searching_while_indexing(tmp_path):
-    """Readers in threads and a writer process, for many small updates; every answer is one state."""
+    """Readers in threads, a writer process, several updates; every answer is of one state."""
     repo = IndexedRepo(tmp_path)
     for number in range(20):
         repo.write(f"m{number}.py", f"def marker_{number}_0():\n    return {number}\n")
@@ -201,7 +203,9 @@ def test_searching_while_indexing(tmp_path):
                 except Exception as error:  # any at all is a failure of the test
                     problems.append(repr(error))
                     return
-                versions = {hit.symbol.rsplit("_", 1)[1] for hit in result.hits if hit.kind != "module"}
+                versions = {
+                    hit.symbol.rsplit("_", 1)[1] for hit in result.hits if hit.kind != "module"
+                }
                 count = sum(hit.kind == "function" for hit in result.hits)
                 if len(versions) != 1 or count != 20:
                     problems.append(f"{count} functions of versions {versions}")

@@ -44,7 +44,7 @@ def test_every_query_is_a_valid_expression(text):
     """Oracle: FTS5 itself parses it."""
     terms = lexical.query_terms(text)
     database = sqlite3.connect(":memory:")
-    database.execute(f"CREATE VIRTUAL TABLE t USING fts5 (a, tokenize = \"{lexical.TOKENIZER}\")")
+    database.execute(f'CREATE VIRTUAL TABLE t USING fts5 (a, tokenize = "{lexical.TOKENIZER}")')
     if terms:
         expression = lexical.any_of(terms)
         database.execute("SELECT rowid FROM t WHERE t MATCH ?", (expression,)).fetchall()

@@ -35,13 +35,17 @@ def repo(tmp_path_factory):
 def many(tmp_path_factory):
     """A few hundred functions of random words."""
     generator = random.Random(3)
-    vocabulary = [f"{a}{b}" for a in ("read", "write", "open", "parse") for b in ("er", "ing", "s", "x", "y")]
+    vocabulary = [
+        f"{a}{b}" for a in ("read", "write", "open", "parse") for b in ("er", "ing", "s", "x", "y")
+    ]
     repo = IndexedRepo(tmp_path_factory.mktemp("many"))
     for number in range(30):
         lines = []
         for function in range(10):
             words = generator.choices(vocabulary, k=6)
-            lines.append(f"def {words[0]}_{words[1]}_{function}():\n    return {', '.join(words[2:])}\n")
+            lines.append(
+                f"def {words[0]}_{words[1]}_{function}():\n    return {', '.join(words[2:])}\n"
+            )
         repo.write(f"d{number % 4}/m{number}.py", "\n".join(lines))
     repo.index(keep_blocks=True)
     return repo
@@ -96,12 +100,16 @@ def test_maxsim_is_the_best_block(many):
     index.close()
     query = "writer parses"
     best: dict[int, float] = {}
-    for number, score in zip(numbers, vectors @ many.encoder.embed_queries([query])[0], strict=True):
+    for number, score in zip(
+        numbers, vectors @ many.encoder.embed_queries([query])[0], strict=True
+    ):
         unit = int(number) >> 12
         best[unit] = max(best.get(unit, -2.0), float(score))
     order = sorted(best, key=lambda unit: (-best[unit], unit))[:20]
     hits = many.ask(query, mode="vector", maxsim=True, top_k=20).hits
-    np.testing.assert_allclose([hit.score for hit in hits], [best[unit] for unit in order], atol=1e-6)
+    np.testing.assert_allclose(
+        [hit.score for hit in hits], [best[unit] for unit in order], atol=1e-6
+    )
     assert {hit.symbol for hit in hits[:5]} <= {units[unit].symbol for unit in order[:8]}
 
 
@@ -116,7 +124,9 @@ def test_filters(repo):
         assert hit.language == "python"
     for hit in repo.ask("area", kinds=("class", "module"), top_k=50).hits:
         assert hit.kind in ("class", "module")
-    assert {hit.path for hit in repo.ask("area", paths=("net/",), top_k=50).hits} == {"net/network.py"}
+    assert {hit.path for hit in repo.ask("area", paths=("net/",), top_k=50).hits} == {
+        "net/network.py"
+    }
     both = repo.ask("area", paths=("*.py", "!lib/**"), kinds=("function",), top_k=50).hits
     assert {hit.path for hit in both} == {"shapes.py", "net/network.py"}
     for mode in ("vector", "lexical", "hybrid"):
@@ -152,7 +162,8 @@ def test_words_are_searched_without_a_model(repo):
         found = searcher.search(SearchRequest(query="area of circle", mode="lexical"))
     assert found.hits[0].symbol == "Circle.area"
     code = (
-        "import sys; from pathlib import Path; from polyzoo.sea.search import *; from polyzoo.sea.search_config import *;"
+        "import sys; from pathlib import Path; from polyzoo.sea.search import Searcher;"
+        "from polyzoo.sea.search_config import SearchRequest;"
         "s = Searcher(Path(sys.argv[1]));"
         "r = s.search(SearchRequest(query='area of circle', mode='lexical'));"
         "assert r.hits and 'torch' not in sys.modules"
@@ -268,7 +279,10 @@ def test_status(repo):
     assert status["languages"]["javascript"]["files"] == 1
     assert status["languages"]["python"]["method"] == 2
     assert status["units"] == sum(
-        count for counts in status["languages"].values() for kind, count in counts.items() if kind != "files"
+        count
+        for counts in status["languages"].values()
+        for kind, count in counts.items()
+        if kind != "files"
     )
     assert (status["complete"], status["interrupted"], status["writer"]) == (True, False, None)
     text = run_cli("sea", "status", "--index", repo.out).stdout
@@ -283,7 +297,11 @@ def test_status_counts_stale_files(tmp_path):
     (repo.root / "web" / "queue.js").unlink()
     status = json.loads(run_cli("sea", "status", "--index", repo.out, "--json").stdout)
     assert status["stale_files"] == 3
-    assert status["stale_examples"] == ["changed: shapes.py", "added: new.py", "removed: web/queue.js"]
+    assert status["stale_examples"] == [
+        "changed: shapes.py",
+        "added: new.py",
+        "removed: web/queue.js",
+    ]
     repo.root.rename(tmp_path / "gone")
     status = json.loads(run_cli("sea", "status", "--index", repo.out, "--json").stdout)
     assert status["stale_files"] is None

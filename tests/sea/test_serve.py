@@ -66,8 +66,18 @@ def ask(address, method="GET", path="/health", body=None, headers=None, host=Non
     try:
         connection.putrequest(method, path, skip_host=True)
         connection.putheader("Host", host or address)
-        data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
-        given = {"Content-Type": "application/json", **(headers or {})} if method == "POST" else (headers or {})
+        data = (
+            body
+            if isinstance(body, bytes)
+            else json.dumps(body).encode()
+            if body is not None
+            else b""
+        )
+        given = (
+            {"Content-Type": "application/json", **(headers or {})}
+            if method == "POST"
+            else (headers or {})
+        )
         if method == "POST" and "Content-Length" not in given and "Transfer-Encoding" not in given:
             given["Content-Length"] = str(len(data))
         for name, value in given.items():
@@ -95,7 +105,8 @@ def test_get_and_post_give_what_search_gives(repo, address):
 
 def test_filters_over_http(address):
     status, found = ask(
-        address, path="/search?q=item&language=javascript&language=go&kind=method&path=web/&mode=lexical"
+        address,
+        path="/search?q=item&language=javascript&language=go&kind=method&path=web/&mode=lexical",
     )
     assert status == 200
     assert [hit["symbol"] for hit in found["hits"]] == ["Queue.push"]
@@ -144,11 +155,20 @@ def test_status_and_health(address):
         ("POST", "/search", b"", {"Content-Length": "9" * 30}, 413, "the body is above"),
         ("POST", "/search", b"", {"Content-Length": "-1"}, 411, "send the body's Content-Length"),
         ("POST", "/search", b"0\r\n\r\n", {"Transfer-Encoding": "chunked"}, 411, "Content-Length"),
-        ("POST", "/search", {"query": "a"}, {"Content-Type": "text/plain"}, 415, "application/json"),
+        (
+            "POST",
+            "/search",
+            {"query": "a"},
+            {"Content-Type": "text/plain"},
+            415,
+            "application/json",
+        ),
         ("DELETE", "/search", None, {}, 501, "Unsupported method"),
     ],
 )
-def test_bad_requests_are_refused_and_say_why(address, method, path, body, headers, status, message):
+def test_bad_requests_are_refused_and_say_why(
+    address, method, path, body, headers, status, message
+):
     given, answer = ask(address, method, path, body, headers)
     assert given == status, answer
     assert message in answer["error"]["message"]
@@ -209,7 +229,8 @@ def test_a_client_that_drips_is_cut_off_in_time(address):
     request = b"GET /health HTTP/1.0\r\nHost: localhost\r\nX-Slow: " + b"a" * 400
     raw(address, request, pause=0.02, pieces=400)
     assert time.monotonic() - start < 14
-    body = b"POST /search HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
+    body = b"POST /search HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    body += b"Content-Length: 500\r\n\r\n{"
     start = time.monotonic()
     assert raw(address, body) == b""
     assert 2 < time.monotonic() - start < 8  # timeout_seconds=3
@@ -352,7 +373,7 @@ def test_stdio_answers_in_order(repo):
         [
             '{"id": 1, "method": "health"}',
             "",
-            '{"id": "two", "method": "search", "params": {"query": "area of a circle", "top_k": 1}}',
+            '{"id": "two", "method": "search", "params": {"query": "area of circle", "top_k": 1}}',
             '{"id": 3, "method": "status"}',
         ],
     )

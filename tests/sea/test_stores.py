@@ -62,7 +62,7 @@ def points(ids, *, seed=0, languages=("python", "go"), kinds=("function", "class
     ids = np.asarray(ids, np.int64)
     vectors = np.random.default_rng(seed).standard_normal((len(ids), DIM)) * scale
     return Points(
-        # Small multiples of 1/16 are exact in every format, so that engines can be compared exactly.
+        # Multiples of 1/16 are exact in every format, so that engines can be compared exactly.
         vectors=(np.round(vectors * 16) / 16).astype(np.float32),
         ids=ids,
         files=ids % 5,

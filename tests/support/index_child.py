@@ -1,6 +1,6 @@
 """Index a repository in a process of its own, slowly enough to be killed anywhere.
 
-    python tests/support/index_child.py REPO OUT SECONDS_PER_BATCH
+python tests/support/index_child.py REPO OUT SECONDS_PER_BATCH
 """
 
 from __future__ import annotations

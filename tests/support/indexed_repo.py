@@ -26,7 +26,7 @@ class IndexedRepo:
         self.encoder = encoder or IdentifierEncoder()
 
     def write(self, path: str, text: str | bytes) -> Path:
-        """Write a file, a little in the past: a fresh file is always read again, which hides bugs."""
+        """Write a file, dated back: a fresh file is always read again, which hides bugs."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -40,7 +40,9 @@ class IndexedRepo:
         os.utime(self.root / path, (moment, moment))
 
     def config(self, **settings: object) -> IndexConfig:
-        return IndexConfig(**{"repo": self.root, "out": self.out, "model": "identifiers", **settings})
+        return IndexConfig(
+            **{"repo": self.root, "out": self.out, "model": "identifiers", **settings}
+        )
 
     def index(self, **settings: object) -> IndexReport:
         return build_index(self.config(**settings), embedder=self.encoder)

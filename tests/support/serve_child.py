@@ -1,6 +1,6 @@
 """Serve an index with the tests' encoder, in a process of its own.
 
-    python tests/support/serve_child.py INDEX '{"port": 0}' [SECONDS_PER_QUERY]
+python tests/support/serve_child.py INDEX '{"port": 0}' [SECONDS_PER_QUERY]
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main() -> int:
     except PolyzooError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
-    sys.stderr.write(f"requests {report.requests} refused {report.refused} failed {report.failed}\n")
+    sys.stderr.write(
+        f"requests {report.requests} refused {report.refused} failed {report.failed}\n"
+    )
     return 0
 
 

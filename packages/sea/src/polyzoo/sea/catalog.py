@@ -1,4 +1,4 @@
-"""What an index knows besides vectors: files, units and their words, in one SQLite file. Torch-free."""
+"""What an index knows besides vectors: files, units and their words, in SQLite. Torch-free."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ CREATE VIRTUAL TABLE lexicon USING fts5 (
 """`live` units are what readers see. Units of changed files wait with live = 0, together with
 staged_files and moved_units (unchanged functions whose lines or names moved), until one transaction
 makes them live. dead_units are numbers whose vectors are still to be removed from the store.
-`embedded` is 0 while a vector is missing, 1 when the store has it, 2 when the model has none to give."""
+`embedded` is 0 while a vector is missing, 1 when the store has it, 2 when the model has none."""
 
 CLOCK_STEP_NS = 2_000_000_000
 """The coarsest clock of a file system in use."""
 
 MATCHES_SCORED = 8_000
-"""About how many units a search by words scores: all that hold one of its rarest words. Scoring costs
-microseconds a unit, so a word that occurs everywhere must not decide which units are looked at."""
+"""About how many units a search by words scores: all that hold one of its rarest words. Scoring
+costs microseconds a unit, so a word that occurs everywhere must not decide which units are looked at."""
 
 FIELD_WEIGHTS = (4.0, 1.5, 2.0, 1.0)
 """BM25 weights of symbol, path, docstring and body."""
@@ -214,7 +214,8 @@ class Catalog:
         """Return those of the numbers that are live, by number."""
         found = self.rows(
             """SELECT u.id, u.file, f.path, u.language, u.kind, u.symbol, u.first_line, u.last_line,
-                      u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks, u.sketch
+                      u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks,
+                      u.sketch
                FROM units u JOIN files f ON f.id = u.file
                WHERE u.live = 1 AND u.id IN (SELECT value FROM json_each(?))""",
             (json.dumps([int(number) for number in ids]),),
@@ -357,8 +358,24 @@ def _conditions(where: Filter | None) -> tuple[str, list[Any]]:
 
 
 def _unit(row: tuple[Any, ...]) -> UnitRow:
-    *plain, gaps, content, embedded, blocks, sketch = row
-    return UnitRow(*plain, _pairs(gaps), content, embedded == 1, _pairs(blocks or "[]"), sketch)
+    return UnitRow(
+        id=row[0],
+        file=row[1],
+        path=row[2],
+        language=row[3],
+        kind=row[4],
+        symbol=row[5],
+        first_line=row[6],
+        last_line=row[7],
+        signature=row[8],
+        docstring=row[9],
+        text=row[10],
+        gaps=_pairs(row[11]),
+        hash=row[12],
+        embedded=row[13] == 1,
+        blocks=_pairs(row[14] or "[]"),
+        sketch=row[15],
+    )
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:

@@ -14,17 +14,17 @@ from polyzoo.sea import sketch
 from polyzoo.sea.embedder import Embedder
 from polyzoo.sea.index import IndexSettings, check_model
 from polyzoo.sea.staging import BlockInfo, Staging, WaitingUnit
-from polyzoo.sea.stores import Ids, Points, VectorStore, Vectors
+from polyzoo.sea.stores import Ids, Points, Vectors, VectorStore
 
 logger = get_logger(__name__)
 
 _UNITS_PER_BATCH = 128
 _BLOCK_BITS = 12
-"""A block's number is its unit's shifted by this, plus its place: 4,096 blocks a unit are enough."""
+"""A block's number is its unit's, shifted by this, plus its place: room for 4,096 blocks."""
 
 
 class PendingEmbedder:
-    """A model that loads while files are being read; loading takes longer than looking for changes."""
+    """A model that loads while files are read: loading takes longer than looking for changes."""
 
     def __init__(self, load: Callable[[], Embedder]) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -96,7 +96,9 @@ def embed_waiting(
 
 
 def _copy(
-    units: Sequence[WaitingUnit], twins: dict[str, tuple[int, BlockInfo]], stores: Sequence[VectorStore]
+    units: Sequence[WaitingUnit],
+    twins: dict[str, tuple[int, BlockInfo]],
+    stores: Sequence[VectorStore],
 ) -> dict[int, BlockInfo]:
     sources = np.array([twins[unit.hash][0] for unit in units], np.int64)
     found, vectors = stores[0].get(sources)

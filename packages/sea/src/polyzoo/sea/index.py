@@ -194,8 +194,8 @@ class CodeIndex:
 def default_folder(repo: Path) -> Path:
     """Return where the index of a repository goes unless the caller says otherwise.
 
-    A cache folder keyed by the repository's path, so that nothing is written into the repository and
-    read-only ones can be indexed: $POLYZOO_HOME, or ~/.cache/polyzoo, then sea/index/NAME-HASH.
+    A cache folder keyed by the repository's path, so that nothing is written into the repository
+    and read-only ones can be indexed: $POLYZOO_HOME, or ~/.cache/polyzoo, then sea/index/NAME-HASH.
     """
     repo = repo.resolve()
     return cache_home() / "sea" / "index" / _slug(repo)
@@ -247,8 +247,8 @@ def current_generation(folder: Path) -> int | None:
         ) from None
     if written != FORMAT:
         raise DataError(
-            f"{path} is of format {written}, this version reads {FORMAT}; remove the folder and build "
-            "the index again"
+            f"{path} is of format {written}, this version reads {FORMAT}; remove the folder and "
+            "build the index again"
         )
     return number
 

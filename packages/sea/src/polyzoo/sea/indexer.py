@@ -29,10 +29,11 @@ _FILES_PER_COMMIT = 200
 class Indexer:
     """Brings one generation of an index up to date; made by the process that holds the lock.
 
-    Changed files are read into staged units, staged units get vectors, and one transaction makes all
-    of it visible: a reader sees the old state or the new. Only while the index has gaps anyway (in
-    its first run, or one that continues it) does each batch become visible at once, so that words can
-    be searched before the vectors are there. What is staged and every vector survive a kill.
+    Changed files are read into staged units, staged units get vectors, and one transaction makes
+    all of it visible: a reader sees the old state or the new. Only while the index has gaps anyway
+    (in its first run, or one that continues it) does each batch become visible at once, so that
+    words can be searched before the vectors are there. What is staged and every vector survive a
+    kill.
     """
 
     def __init__(

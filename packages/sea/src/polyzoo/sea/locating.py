@@ -24,7 +24,7 @@ class Location:
 
 
 class Locator:
-    """Compares hits with their files; reads only files whose size or time is not the indexed one."""
+    """Compares hits with their files; reads only those whose size or time has changed."""
 
     def __init__(self, root: Path, catalog: Catalog) -> None:
         self.root, self.catalog = root, catalog

@@ -20,7 +20,6 @@ from polyzoo.sea.languages import decode_source
 from polyzoo.sea.units import Unit, extract_units
 from polyzoo.sea.walk import SourceFile, reason_to_skip
 
-
 Task = tuple[SourceFile, str | None]
 """A file, and the hash of the content that is known already."""
 
@@ -96,7 +95,7 @@ def read_files(root: Path, tasks: Sequence[Task], *, jobs: int) -> Iterator[Read
             yield read_file(root, source, known_hash=known_hash)
         return
     starts = deque(range(0, len(tasks), _FILES_PER_TASK))
-    # Not forked: this process has threads (a model may be loading), and their locks would be copied.
+    # Not forked: this process has threads (a model may be loading), whose locks would be copied.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker) as pool:
         waiting: deque[Future[list[ReadFile | None]]] = deque()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from polyzoo.sea.stores import Filter, Vectors
 from polyzoo.sea.walk import compile_patterns
 
 FUSION_OFFSET = 60
-"""Reciprocal rank fusion: a hit's share is weight / (this + rank), so that no first place decides alone."""
+"""Reciprocal rank fusion: a hit's share is weight / (this + rank), so no first place decides alone."""
 
 _DEPTH = 200
 _TRIES = 3
@@ -88,22 +89,28 @@ class Searcher:
         if not request.query.strip():
             raise DataError("the query is empty; say in words what the code does")
         clock = _Clock()
-        for _ in range(_TRIES):
-            self._refresh()
-            revision = self._revision()
-            mode, query = self._mode(request), None
-            if mode != "lexical":
-                with clock.measure("encode"):
-                    query = self.load().embed_queries([request.query])[0]
-            with self.index.catalog.snapshot():
-                state = self.index.state()
-                hits = self._answer(request, mode, query, clock)
-            # Vectors have no snapshots: an update that became visible meanwhile may have removed some
-            # that this state still names.
-            if self._revision() == revision and self.index.is_current():
-                break
+        for attempt in range(_TRIES):
+            result, revision = self._try(request, freshness, clock)
+            # Vectors have no snapshots: an update that became visible meanwhile may have removed
+            # some that the answer's state still names.
+            if attempt == _TRIES - 1 or (self._revision() == revision and self.index.is_current()):
+                return replace(result, took_ms=clock.milliseconds())
+        raise AssertionError("unreachable")
+
+    def _try(
+        self, request: SearchRequest, freshness: Freshness | None, clock: _Clock
+    ) -> tuple[SearchResult, int]:
+        self._refresh()
+        revision = self._revision()
+        mode, query = self._mode(request), None
+        if mode != "lexical":
+            with clock.measure("encode"):
+                query = self.load().embed_queries([request.query])[0]
+        with self.index.catalog.snapshot():
+            state = self.index.state()
+            hits = self._answer(request, mode, query, clock)
         settings = self.index.settings
-        return SearchResult(
+        result = SearchResult(
             query=request.query,
             mode=mode,
             index=str(self.folder),
@@ -113,9 +120,10 @@ class Searcher:
             coverage=state.coverage,
             stale_files=freshness.count if freshness else None,
             notices=_notices(state, freshness, settings.repo, self.folder),
-            took_ms=clock.milliseconds(),
+            took_ms={},
             hits=hits,
         )
+        return result, revision
 
     def freshness(self) -> Freshness:
         """Compare the repository with the index."""
@@ -168,13 +176,13 @@ class Searcher:
         return Filter(languages=request.languages, kinds=request.kinds, files=files)
 
     def _rank_vectors(self, query: Vectors, request: SearchRequest, where: Filter) -> Ranking:
-        """Rank units exactly, whatever the store also holds that is not visible (yet, or any more)."""
+        """Rank units exactly, whatever the store holds that is not visible (yet, or any more)."""
         settings = self.index.settings
         by_blocks = request.maxsim or settings.sea.aggregator == "maxsim"
         if by_blocks and not settings.keep_blocks:
             raise ConfigError(
-                f"{self.folder} holds no block vectors, which maxsim compares; build it again with: "
-                f"polyzoo sea index {settings.repo} --out {self.folder} --rebuild --keep-blocks"
+                f"{self.folder} holds no block vectors, which maxsim compares; build it again "
+                f"with: polyzoo sea index {settings.repo} --out {self.folder} --rebuild --keep-blocks"
             )
         store = self.index.store(blocks=by_blocks)
         wanted = max(_DEPTH, 4 * request.top_k)

@@ -27,7 +27,7 @@ class IndexConfig:
     store: Literal["local", "qdrant", "lancedb"] | None = None
     """Where vectors go; `local` for a new index."""
     store_location: str | None = None
-    """http://HOST:6333 or a folder for qdrant, a folder or bucket for lancedb; inside `out` by default."""
+    """http://HOST:6333 or a folder for qdrant, a folder or bucket for lancedb; by default in `out`."""
     dtype: Literal["float32", "float16"] | None = None
     """Numbers of a local store's vectors; float32 for a new index."""
     language: tuple[Language, ...] = ()
@@ -83,7 +83,9 @@ class SearchRequest:
             if not 0 <= value <= 1000:
                 raise ConfigError(f"{name}={value} must be from 0 to 1000")
         if self.mode == "hybrid" and not self.vector_weight + self.lexical_weight:
-            raise ConfigError("vector_weight and lexical_weight are both 0: nothing is left to rank by")
+            raise ConfigError(
+                "vector_weight and lexical_weight are both 0: nothing is left to rank by"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

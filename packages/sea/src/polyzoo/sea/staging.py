@@ -1,4 +1,4 @@
-"""Changes of an index: prepared beside what readers see, made visible in one transaction. Torch-free."""
+"""Changes of an index: prepared out of sight, made visible in one transaction. Torch-free."""
 
 from __future__ import annotations
 
@@ -173,7 +173,9 @@ class Staging:
         """
         with self.catalog.transaction():
             for number, info in blocks.items():
-                state = (2, None, None) if info is None else (1, json.dumps(info.lines), info.sketch)
+                state = (
+                    (2, None, None) if info is None else (1, json.dumps(info.lines), info.sketch)
+                )
                 self.catalog.execute(
                     "UPDATE units SET embedded = ?, blocks = ?, sketch = ? WHERE id = ?",
                     (*state, number),
@@ -263,6 +265,7 @@ def _stat(file: FileRow) -> tuple[str, int, int, int, str]:
 
 
 def unit_hash(language: str, kind: str, text: str) -> str:
+    """Return what units with the same vector have in common."""
     data = f"{language}\0{kind}\0{text}".encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -270,8 +273,8 @@ def unit_hash(language: str, kind: str, text: str) -> str:
 def compact(unit: Unit) -> tuple[str, list[tuple[int, int]]]:
     """Close the holes that a class's or module's own units leave in its text.
 
-    So that editing a method, which changes the length of its hole, does not change its class. Returns
-    the text and, as (line of the text, lines left out before it), what it takes to undo it.
+    So that editing a method, which changes the length of its hole, does not change its class.
+    Returns the text and, as (line of the text, lines left out before it), what it takes to undo it.
     """
     if unit.kind not in ("class", "module"):
         return unit.text, []

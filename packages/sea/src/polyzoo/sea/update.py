@@ -13,7 +13,6 @@ from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import FolderLock, remove_stale
 from polyzoo.sea import lexical
 from polyzoo.sea.catalog import Catalog
-from polyzoo.sea.search_config import IndexConfig
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import PendingEmbedder
 from polyzoo.sea.index import (
@@ -30,6 +29,7 @@ from polyzoo.sea.index import (
 )
 from polyzoo.sea.indexer import Indexer
 from polyzoo.sea.languages import GRAMMARS
+from polyzoo.sea.search_config import IndexConfig
 from polyzoo.sea.stores import open_store
 from polyzoo.sea.walk import Skipped, WalkRules, compile_patterns, walk
 
@@ -217,8 +217,8 @@ def _check_has_source(repo: Path, rules: WalkRules | None) -> None:
     if next(walk(repo, rules or WalkRules(), skipped), None) is None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.counts.items())
         raise DataError(
-            f"{repo} holds no source file to index (left out: {reasons or 'nothing, it is empty'}); "
-            f"known languages: {', '.join(sorted(GRAMMARS))}"
+            f"{repo} holds no source file to index (left out: "
+            f"{reasons or 'nothing, it is empty'}); known languages: {', '.join(sorted(GRAMMARS))}"
         )
 
 
@@ -292,7 +292,7 @@ def _begin(folder: Path, generation: int, settings: IndexSettings) -> Catalog:
 
 
 def _sweep(folder: Path, generation: int) -> None:
-    """Remove what a run left that was killed between switching to this generation and tidying up."""
+    """Remove what a run left that was killed between switching and tidying up."""
     for path in folder.glob("catalog-*.sqlite"):
         number = path.stem.removeprefix("catalog-")
         if number.isdigit() and int(number) < generation:

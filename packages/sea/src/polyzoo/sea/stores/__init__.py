@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from polyzoo.core.errors import ConfigError
-from polyzoo.sea.stores.base import Filter, Ids, Points, VectorStore, Vectors
+from polyzoo.sea.stores.base import Filter, Ids, Points, Vectors, VectorStore
 
 __all__ = [
     "Filter",

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the interface documents what its methods do
 """Vectors in Qdrant: a server or cluster by address, or its local mode in a folder or in memory."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from polyzoo.core.errors import DataError, LockedError, PolyzooError
 from polyzoo.core.lazy import import_extra
-from polyzoo.sea.stores.base import Filter, Ids, Points, VectorStore, Vectors, ordered
+from polyzoo.sea.stores.base import Filter, Ids, Points, Vectors, VectorStore, ordered
 
 _BATCH = 256
 _SCROLL = 4_096
@@ -23,8 +24,8 @@ _ALIAS_SEPARATOR = "-g"
 class QdrantStore(VectorStore):
     """One collection per generation of an index; `publish` moves the index's alias to this one.
 
-    On a server, language, kind and file get payload indexes, and searches ask for exact results. The
-    key is read from the environment variable QDRANT_API_KEY, so that it shows in no process list.
+    On a server, language, kind and file get payload indexes, and searches ask for exact results.
+    The key is read from the environment variable QDRANT_API_KEY, so that it shows in no process list.
     Local mode keeps its folder to one process: no search while another process indexes.
 
     Example:
@@ -164,7 +165,7 @@ class QdrantStore(VectorStore):
         client = import_extra("qdrant_client", install="polyzoo-sea[qdrant]").QdrantClient
         if self._is_server:
             key = os.environ.get("QDRANT_API_KEY")
-            # The check is a request of its own that only prints a warning; a failing call says more.
+            # The check is a request of its own that only warns; a failing call says more.
             return client(
                 url=self.location, api_key=key, timeout=_TIMEOUT_SECONDS, check_compatibility=False
             )
@@ -231,6 +232,6 @@ class QdrantStore(VectorStore):
             if "already accessed" not in str(error):
                 raise
             raise LockedError(
-                f"{self.location} is in use by another process, and Qdrant's local mode allows one; "
-                "wait for it, or use a Qdrant server (--store-location http://HOST:6333)"
+                f"{self.location} is in use by another process, and Qdrant's local mode allows "
+                "one; wait for it, or use a Qdrant server (--store-location http://HOST:6333)"
             ) from error

@@ -140,7 +140,8 @@ class TestSources:
             {
                 "usr/share/gocode/src/thing.go": SIX_LANGUAGES["lib/shape.go"],
                 "usr/share/doc/golang-thing-dev/copyright": (
-                    "Files: *\nLicense: Expat\n\nFiles: debian/*\nLicense: BSD-3-clause\n"
+                    "Format: 1.0\n\nFiles: *\nLicense: Expat\n\nFiles: debian/*\nLicense: GPL-2\n\n"
+                    "Files: sub/*\n other/*\nLicense: BSD-3-clause\n\nLicense: GPL-2\n Long text.\n"
                 ),
             },
         )

@@ -10,6 +10,7 @@ import torch
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.aggregation import Aggregation, maxsim, released_kind
 from polyzoo.sea.config import Aggregator, SeaConfig
+from polyzoo.sea.segments import inner_products
 
 COUNTS = (1, 4, 2, 7, 1)
 
@@ -112,3 +113,14 @@ def test_configuration_without_the_whole_cannot_use_it():
         SeaConfig(raw="whole", include_whole=False)
     with pytest.raises(ConfigError, match="aggregator='first'"):
         SeaConfig(aggregator="first", include_whole=False)
+
+
+def test_scores_keep_float32_inside_autocast():
+    torch.manual_seed(0)
+    a, b = (torch.nn.functional.normalize(torch.randn(40, 64), dim=1) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (a @ b.T).dtype == torch.bfloat16  # what would happen by itself
+        found = inner_products(a, b)
+        best = maxsim(a, b, torch.arange(41))
+    assert torch.equal(found, a @ b.T)
+    assert torch.allclose(best, a @ b.T, atol=1e-6)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Aggregator, Raw
 from polyzoo.sea.segments import (
+    inner_products,
     segment_ids,
     segment_max,
     segment_mean,
@@ -108,7 +109,8 @@ class Aggregation(nn.Module):
             x = x * raw[owner]
         assert self.score is not None  # noqa: S101 - our own promise
         # Weights in float32: half precision loses small differences between blocks.
-        scores = self.score(x.to(self._dtype))[:, 0].float()
+        with torch.autocast(x.device.type, enabled=False):
+            scores = self.score(x.to(self._dtype))[:, 0].float()
         share = segment_softmax(scores, owner, count)
         attended = segment_sum(share[:, None].to(x.dtype) * x, owner, count)
         if self.kind.endswith("_mean"):
@@ -134,7 +136,7 @@ class Aggregation(nn.Module):
 def maxsim(queries: Tensor, x: Tensor, starts: Tensor) -> Tensor:
     """(q, f) scores: the best entry of each function for each query."""
     owner = segment_ids(starts, x.shape[0])
-    return segment_max((queries @ x.T).T, owner, starts.shape[0] - 1).T
+    return segment_max(inner_products(x, queries), owner, starts.shape[0] - 1).T
 
 
 def released_kind(common_type: str, *, with_ave: bool) -> tuple[Aggregator, Raw]:

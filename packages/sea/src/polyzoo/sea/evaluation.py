@@ -20,6 +20,7 @@ from polyzoo.sea.metrics import Figures, answer_ranks, by_length
 from polyzoo.sea.model import CodeVectors, SeaModel
 from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.prepared import Prepared
+from polyzoo.sea.segments import inner_products
 
 _QUERIES_AT_ONCE = 512
 _CSN_POOL = 1000
@@ -146,7 +147,7 @@ def truncated_scores(embedded: Embedded) -> ScoreRows:
     """Scores by the first entry alone: the truncated function."""
     first_entries = embedded.codes.entries[embedded.codes.starts[:-1].long()]
     return lambda first, last: (
-        (embedded.queries[first:last] @ first_entries.T).float().cpu().numpy()
+        inner_products(embedded.queries[first:last], first_entries).cpu().numpy()
     )
 
 
@@ -164,7 +165,9 @@ def released_scores(model: SeaModel, embedded: Embedded, answers: np.ndarray) ->
         embedded.codes.entries[torch.from_numpy(rows).to(device)],
         torch.from_numpy(starts).to(device),
     )
-    return lambda first, last: (embedded.queries[first:last] @ out.vectors.T).float().cpu().numpy()
+    return lambda first, last: (
+        inner_products(embedded.queries[first:last], out.vectors).cpu().numpy()
+    )
 
 
 def released_rows(

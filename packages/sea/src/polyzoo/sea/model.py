@@ -14,6 +14,7 @@ from polyzoo.sea.aggregation import Aggregation, maxsim
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.data import PairBatch
 from polyzoo.sea.encoder import PackedEncoder
+from polyzoo.sea.segments import inner_products
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class SeaModel(nn.Module):
         """(n, f) similarity: inner products, or the best block's with aggregator "maxsim"."""
         if self.config.aggregator == "maxsim":
             return maxsim(queries, codes.entries, codes.starts)
-        return queries @ codes.vectors.T
+        return inner_products(queries, codes.vectors)
 
     @torch.no_grad()
     def embed_queries(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> Tensor:

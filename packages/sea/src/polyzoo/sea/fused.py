@@ -1,10 +1,12 @@
 """A compact forward pass of the BERT and RoBERTa families for inference over packed sequences.
 
 Same weights, same arithmetic as transformers' modules, arranged for speed: one matrix product for
-query, key and value; no padding; the position and type tables added up once; everything between
-two attentions in one function, which `torch.compile` turns into a few fused kernels and compiles
-once for all layers; and where only the first token's state is wanted, the last layer computes only
-that row. A copy of the weights: made for a finished model, not for one in training.
+query, key and value; no padding; the position and type tables added up once; the activation inside
+the matrix product's own epilogue where the rounding of half precision hides its approximation; and
+where only the first token's state is wanted, the last layer computes only that row. Compiled, each
+residual sum and norm are one kernel; the matrix products stay the library's, because the compiler
+takes the bias out of them (measured on an H100: 0.37 instead of 0.20 ms for query, key and value).
+A copy of the weights: made for a finished model, not for one in training.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from polyzoo.sea.segments import segment_ids, segment_mean
 
 _FAMILIES = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
 _OFFSET_FAMILIES = _FAMILIES - {"bert"}
-Gelu = Literal["exact", "tanh"]
+Gelu = Literal["auto", "exact", "tanh"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,8 @@ class FusedEncoder:
         *,
         pooling: Pooling,
         dtype: torch.dtype | None = None,
-        gelu: Gelu = "exact",
+        gelu: Gelu = "auto",
         compile: bool = False,
-        compile_mode: str | None = None,
     ) -> None:
         """Copy the weights of a supported model (see `of`).
 
@@ -72,9 +73,9 @@ class FusedEncoder:
             pooling: What a sequence's vector is.
             dtype: Of weights and arithmetic; the model's own where not given.
             gelu: "tanh" uses the matrix library's built-in approximation, which differs from the
-                exact function by at most 5e-4 and saves one pass over the widest activation.
-            compile: Compile what lies between two attentions, for any number of tokens.
-            compile_mode: Passed to `torch.compile`.
+                exact function by at most 5e-4 and saves one pass over the widest activation; "auto"
+                does so in half precision on CUDA, whose rounding steps are larger than that.
+            compile: Make one kernel of each residual sum and norm, for any number of tokens.
         """
         parts: Any = model
         config = parts.config
@@ -91,14 +92,10 @@ class FusedEncoder:
             self.norm = self._norm(parts.embeddings.LayerNorm)
             self.layers = [self._layer(layer) for layer in parts.encoder.layer]
             self.pooler = self._linear(parts.pooler.dense) if pooling == "pooler" else None
-        between: Callable[..., tuple[Tensor, Tensor]] = _between
-        embed: Callable[..., tuple[Tensor, Tensor]] = _embed
-        if compile:
-            between = torch.compile(_between, dynamic=True, mode=compile_mode)
-            embed = torch.compile(_embed, dynamic=True, mode=compile_mode)
-        self._between = between
-        self._embed = embed
         self.gelu: Gelu = gelu
+        self._add_norm: Callable[[Tensor, Tensor, _Norm], Tensor] = (
+            torch.compile(_add_norm, dynamic=True) if compile else _add_norm
+        )
 
     @classmethod
     def of(
@@ -145,15 +142,13 @@ class FusedEncoder:
         starts = packed.starts
         owner = segment_ids(starts, packed.ids.shape[0])
         positions = torch.arange(packed.ids.shape[0], device=starts.device) - starts[owner]
-        x, qkv = self._embed(
-            packed.ids, positions + self.offset, self.words, self.places, self.norm,
-            self.layers[0].qkv,
-        )  # fmt: skip
+        words = F.embedding(packed.ids, self.words)
+        x = self._add_norm(words, F.embedding(positions + self.offset, self.places), self.norm)
         longest = packed.max_length
         everywhere = CuSeqlens(starts, starts, longest, longest)
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
-            q, k, v = self._heads(qkv)
+            q, k, v = self._heads(F.linear(x, *layer.qkv))
             lengths = everywhere
             if last and first_only:
                 first = starts[:-1].long()
@@ -162,9 +157,17 @@ class FusedEncoder:
                 q, x = q[:, :, first], x[first]
             mixed = attention(q, k, v, cu_seqlens=lengths)
             mixed = mixed[0].transpose(0, 1).flatten(1)
-            following = None if last else self.layers[index + 1].qkv
-            x, qkv = self._between(x, mixed, layer, following, self.gelu)
+            x = self._add_norm(x, F.linear(mixed, *layer.output), layer.norm_attention)
+            x = self._add_norm(x, F.linear(self._widen(x, layer), *layer.down), layer.norm_output)
         return x
+
+    def _widen(self, x: Tensor, layer: _Layer) -> Tensor:
+        """(T, 4 d) the feed-forward part's activation."""
+        weight, bias = layer.up
+        half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+        if self.gelu == "tanh" or (self.gelu == "auto" and half):
+            return torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        return F.gelu(F.linear(x, weight, bias))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, 3 d) to three (1, h, T, d/h), as views."""
@@ -197,31 +200,5 @@ class FusedEncoder:
         return weight.detach().to(self.dtype)
 
 
-def _embed(
-    ids: Tensor,
-    positions: Tensor,
-    words: Tensor,
-    places: Tensor,
-    norm: _Norm,
-    qkv: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    x = norm(words[ids] + places[positions])
-    return x, F.linear(x, *qkv)
-
-
-def _between(
-    x: Tensor,
-    mixed: Tensor,
-    layer: _Layer,
-    following: tuple[Tensor, Tensor] | None,
-    gelu: Gelu,
-) -> tuple[Tensor, Tensor]:
-    """From one attention's output to the next one's input."""
-    x = layer.norm_attention(x + F.linear(mixed, *layer.output))
-    weight, bias = layer.up
-    if gelu == "exact":
-        wide = F.gelu(F.linear(x, weight, bias))
-    else:
-        wide = torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
-    x = layer.norm_output(x + F.linear(wide, *layer.down))
-    return x, x if following is None else F.linear(x, *following)
+def _add_norm(x: Tensor, y: Tensor, norm: _Norm) -> Tensor:
+    return norm(x + y)

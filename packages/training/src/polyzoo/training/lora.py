@@ -50,6 +50,11 @@ def adapt(model: nn.Module, config: LoraConfig, dtype: torch.dtype) -> nn.Module
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    # peft casts every input to the adapters' fp32, which autocast then casts back: two passes over
+    # each activation for nothing.
+    for module in adapted.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = dtype == torch.float32
     return adapted
 
 

@@ -141,6 +141,13 @@ class TestParsing:
         noise = ParsedSource("class of the ones ( which (are not closed\n" * 9, language="java")
         assert 0.25 < noise.error_share <= 1
 
+    @pytest.mark.parametrize("run", ["(" * 200_000, ("(" * 5_000 + "x") * 100])
+    def test_a_text_that_takes_quadratic_time_is_refused(self, run: str):
+        with pytest.raises(
+            DataError, match="thousands of unmatched brackets or operators in a row"
+        ):
+            ParsedSource(f"x = {run}", language="python")
+
     def test_lexer_nodes_of_a_stretch(self):
         text = "a = 1  # é\nb = 'é'\nc = 3\n"
         tree = ParsedSource(text, language="python")

@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError, DataError
+from polyzoo.sea.config import SplitConfig
+from polyzoo.sea.splitting import split
 from polyzoo.sea.units import Unit, extract_units
 from support.functions import LANGUAGES, package_files
+from support.tokenizing import numbered_pieces
 
 PYTHON = '''"""About the file."""
 import os
@@ -301,6 +304,25 @@ class TestSixLanguages:
     @pytest.mark.parametrize("source", ["", "\n", "\ufeff", "\x00\x00"])
     def test_empty_files_have_no_units(self, language: str, source: str):
         assert extract_units(source, language=language, path="x") == []
+
+
+class TestSplittingThem:
+    """Every unit can be cut, and the cut leads back to the file."""
+
+    @pytest.mark.parametrize("budget", [5, 20, 254])
+    def test_blocks_of_units_lie_in_the_file(self, language: str, budget: int):
+        source = SOURCES[language]
+        lines = source.split("\n")
+        config = SplitConfig(budget=budget, max_blocks=1000)
+        for unit in extract_units(source, language=language, path="x"):
+            found = split(unit.text, language=language, config=config, tokenize=numbered_pieces)
+            assert [piece for block in found.blocks for piece in block.ids] == found.whole
+            assert all(len(block.ids) <= budget for block in found.blocks)
+            for block in found.blocks:
+                first = source[unit.start + block.start]
+                assert first == unit.text[block.start]
+                assert first in lines[unit.first_line - 1 + block.first_line]
+                assert unit.first_line + block.last_line <= unit.last_line
 
 
 class TestSignatures:

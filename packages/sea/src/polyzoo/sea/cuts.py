@@ -47,7 +47,8 @@ def choose_cuts(
     """
     starts = [start]
     costs = {border.index: border.cost for level in reversed(levels) for border in level}
-    parts = _divide(levels, 0, start, end, capacity, min_size)
+    indexes = [[border.index for border in level] for level in levels]
+    parts = _divide(indexes, 0, start, end, capacity, min_size)
     for position, points in enumerate(parts):
         if position:
             starts.append(points[0])
@@ -57,7 +58,7 @@ def choose_cuts(
 
 
 def _divide(
-    levels: Sequence[Sequence[Border]],
+    levels: Sequence[list[int]],
     level: int,
     start: int,
     end: int,
@@ -86,11 +87,11 @@ def _divide(
 
 
 def _points(
-    levels: Sequence[Sequence[Border]], level: int, start: int, end: int, min_size: int
+    levels: Sequence[list[int]], level: int, start: int, end: int, min_size: int
 ) -> list[int]:
     if level >= len(levels):
         return [start, end]
-    indexes = [border.index for border in levels[level]]
+    indexes = levels[level]
     inside = indexes[bisect_right(indexes, start) : bisect_left(indexes, end)]
     points = [start]
     # Borders between statements all stay; finer ones must not leave crumbs.

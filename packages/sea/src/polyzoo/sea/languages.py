@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 MAX_SOURCE_BYTES = 8 * 1024 * 1024
 """A tree takes about a hundred times its text; no file that people wrote comes near this."""
-
 _CODING_COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=][ \t]*([-\w.]+)")
 
 
@@ -115,7 +114,7 @@ GRAMMARS: dict[str, Grammar] = {
         module="tree_sitter_php",
         package="tree-sitter-php",
         factory="language_php",
-        suffixes=(".php", ".phtml", ".inc"),
+        suffixes=(".php", ".phtml"),
         comments=frozenset({"comment"}),
         definitions="""
             [(function_definition) (method_declaration)] @function

@@ -6,6 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,10 @@ _NOT_NEWLINE = re.compile(r"[^\r\n]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+MAX_QUERY_EFFORT = 200_000_000
+"""About a second in the parser library, which cannot be stopped once it runs."""
+
+
 class ParsedSource:
     """A text and its syntax tree; every offset it gives is in characters of the given text.
 
@@ -30,7 +35,7 @@ class ParsedSource:
         language: One of the six.
 
     Raises:
-        DataError: the text is too large to be source.
+        DataError: the text is too large to be source, or far too broken.
     """
 
     def __init__(self, text: str, *, language: str) -> None:
@@ -210,15 +215,35 @@ class LineIndex:
 
 def _errors(root: tree_sitter.Node, size: int) -> tuple[float, int]:
     """Share of the text inside error nodes, and how many faulty nodes there are."""
-    covered, faults = 0, 0
+    covered, faults, effort, end = 0, 0, 0, 0
     pending = [root]
     while pending:
         node = pending.pop()
         if node.is_error:
-            covered += node.end_byte - node.start_byte
             faults += 1
+            effort += _query_effort(node)
+            # Outer nodes come first, so an error inside an error is not counted again.
+            if node.start_byte >= end:
+                covered += node.end_byte - node.start_byte
+                end = node.end_byte
         elif node.is_missing:
             faults += 1
-        elif node.has_error:
-            pending.extend(node.children)
+        pending.extend(child for child in reversed(node.children) if child.has_error)
+    if effort > MAX_QUERY_EFFORT:
+        raise DataError(
+            f"{size:,} bytes of source with thousands of unmatched brackets or operators in a row; "
+            "this is damaged or no source, leave it out"
+        )
     return min(covered / max(size, 1), 1.0), faults
+
+
+def _query_effort(node: tree_sitter.Node) -> int:
+    """Steps a query needs for the tokens of an error: it looks along every run of them again."""
+    if node.child_count < 1_000:
+        return 0
+    runs = (
+        sum(1 for _ in run)
+        for named, run in groupby(c.is_named for c in node.children)
+        if not named
+    )
+    return sum(run * run for run in runs)

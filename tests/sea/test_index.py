@@ -15,7 +15,8 @@ import pytest
 
 from polyzoo.core.errors import ConfigError, DataError, LockedError
 from polyzoo.core.io import FolderLock
-from polyzoo.sea.index import CodeIndex, default_folder, find_folder
+from polyzoo.sea.index import CodeIndex
+from polyzoo.sea.layout import default_folder, find_folder
 from polyzoo.sea.search import Searcher
 from polyzoo.sea.search_config import SearchRequest
 from support.cli import child_environment

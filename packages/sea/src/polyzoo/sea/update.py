@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from polyzoo.core.config import dump
@@ -15,54 +15,25 @@ from polyzoo.sea import lexical
 from polyzoo.sea.catalog import Catalog
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import PendingEmbedder
-from polyzoo.sea.index import (
+from polyzoo.sea.ignores import compile_patterns
+from polyzoo.sea.index import IndexSettings, read_settings, write_settings
+from polyzoo.sea.index_report import IndexReport
+from polyzoo.sea.indexer import Indexer
+from polyzoo.sea.languages import GRAMMARS
+from polyzoo.sea.layout import (
     POINTER,
-    IndexSettings,
     catalog_path,
     current_generation,
     default_folder,
     disk_bytes,
-    read_settings,
     store_name,
     switch_generation,
-    write_settings,
 )
-from polyzoo.sea.indexer import Indexer
-from polyzoo.sea.languages import GRAMMARS
 from polyzoo.sea.search_config import IndexConfig
 from polyzoo.sea.stores import open_store
-from polyzoo.sea.walk import Skipped, WalkRules, compile_patterns, walk
+from polyzoo.sea.walk import Skipped, WalkRules, walk
 
 _PROBLEMS_SHOWN = 50
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IndexReport:
-    """What one run of `index` did."""
-
-    folder: str
-    repo: str
-    model: str
-    model_id: str
-    store: str
-    units: int
-    embedded: int
-    added: int
-    """Files, like the next four."""
-    changed: int
-    removed: int
-    renamed: int
-    unchanged: int
-    encoded: int
-    """Units that went through the model in this run."""
-    copied: int
-    """Units that got the vector of one with the same text."""
-    skipped: dict[str, int]
-    """Files and folders left out, by reason."""
-    problems: tuple[str, ...]
-    """Files indexed although something was wrong with them."""
-    disk_bytes: int
-    seconds: float
 
 
 def main(config: IndexConfig) -> IndexReport:
@@ -106,21 +77,6 @@ def build_index(config: IndexConfig, *, embedder: Embedder | None = None) -> Ind
             return _again(config, repo, folder, old, catalog, embedder, start)
         finally:
             catalog.close()
-
-
-def render(report: IndexReport) -> str:
-    """Describe a run for people."""
-    share = f" ({report.embedded / report.units:.0%} with vectors)" if report.units else ""
-    lines = [
-        f"{report.repo}: {report.units:,} units{share} in {report.seconds:.1f} s",
-        f"files: {report.added:,} added, {report.changed:,} changed, {report.renamed:,} renamed, "
-        f"{report.removed:,} removed, {report.unchanged:,} unchanged",
-        f"vectors: {report.encoded:,} encoded with {report.model}, {report.copied:,} copied",
-    ]
-    lines += [f"left out: {count:,} x {reason}" for reason, count in sorted(report.skipped.items())]
-    lines += [f"note: {problem}" for problem in report.problems]
-    lines.append(f"index: {report.folder} ({report.disk_bytes / 1e6:,.1f} MB, {report.store})")
-    return "\n".join(lines)
 
 
 def _first(

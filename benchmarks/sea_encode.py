@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 
-from polyzoo.sea.encoder import PackedEncoder, register_attention
+from polyzoo.sea.encoder import PackedEncoder
+from polyzoo.sea.encoder_loading import register_attention
 from polyzoo.sea.fused import FusedEncoder
 from polyzoo.sea.packing import PackedSequences
 

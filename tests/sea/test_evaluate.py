@@ -129,7 +129,7 @@ def test_vector_that_is_not_finite_names_its_function(work: Path):
         max_query_tokens=loaded.config.max_query_tokens,
     )  # fmt: skip
     codebase = prepare_file(work / "codebase.jsonl", preparation)
-    with pytest.raises(DataError, match="^u/parse/file: its vector holds NaN or inf"):
+    with pytest.raises(DataError, match=r"^u/parse/file: its vector holds NaN or inf"):
         evaluation.embed(loaded.model, codebase.take([0]), codebase)
 
 

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from polyzoo.core.errors import ConfigError
 from polyzoo.core.log import get_logger
-from polyzoo.core.weights import load_into, read_weights
+from polyzoo.core.weights import load_into
 from polyzoo.sea.config import Pooling
+from polyzoo.sea.encoder_loading import empty_encoder, encoder_weights
 from polyzoo.sea.fused import FusedEncoder
 from polyzoo.sea.packing import PackedSequences, by_length
 from polyzoo.sea.segments import segment_ids, segment_mean
@@ -94,7 +95,7 @@ class PackedEncoder(nn.Module):
     ) -> PackedEncoder:
         """Load an encoder's folder (config.json and safetensors weights) in float32."""
         model = empty_encoder(folder, pooling=pooling)
-        load_into(model, _encoder_weights(folder, model), source=str(folder))
+        load_into(model, encoder_weights(folder, model), source=str(folder))
         return cls(
             model,
             pooling=pooling,
@@ -270,7 +271,6 @@ class PackedEncoder(nn.Module):
 
 
 _PADDED_BATCH = 32
-_WITH_POOLER = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
 
 
 def _pool_padded(output: Any, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -283,51 +283,8 @@ def _pool_padded(output: Any, mask: Tensor, pooling: Pooling) -> Tensor:
     return (hidden.float() * weight).sum(1) / weight.sum(1)
 
 
-def register_attention() -> None:
-    """Make "polyzoo" known to transformers; calling it again does nothing."""
-    from polyzoo.attention.integrations.transformers import register
-
-    register()
-
-
 def set_dropout(model: nn.Module, *, hidden: float, attention: float) -> None:
     """Set how much is dropped in training, whatever the encoder's config says."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
             module.p = attention if name.endswith(".self.dropout") else hidden
-
-
-def empty_encoder(folder: str | Path, *, pooling: Pooling) -> nn.Module:
-    """The modules a config.json describes, in float32, with random weights.
-
-    A pooler that would be unused is left out.
-    """
-    from transformers import AutoConfig, AutoModel
-
-    register_attention()
-    shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    extra: dict[str, Any] = {}
-    if pooling != "pooler" and shape.model_type in _WITH_POOLER:
-        extra["add_pooling_layer"] = False
-    with torch.random.fork_rng(devices=[]):  # its random weights must not move the caller's state
-        return AutoModel.from_config(
-            shape, attn_implementation="polyzoo", dtype=torch.float32, **extra
-        )
-
-
-def _encoder_weights(folder: str | Path, model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a folder, without a task head and without what this model leaves out."""
-    tensors = read_weights(folder, dtype=torch.float32)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if len(prefix) > 1 and any(name.startswith(prefix) for name in tensors):
-        tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
-    wanted = model.state_dict().keys()
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name in wanted or not (name.startswith("pooler.") or name.endswith("position_ids"))
-    }

@@ -8,7 +8,6 @@ continuation characters of the old vocabulary stay.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_folder
-from polyzoo.core.weights import read_weights, write_weights
+from polyzoo.core.weights import write_weights
 from polyzoo.sea.config import StudentConfig
 from polyzoo.sea.prepared import Prepared, Ragged
+from polyzoo.sea.random_encoder import CONTINUES, SPECIAL
 from polyzoo.sea.tokenizer import SeaTokenizer
-
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_CONTINUES = "##"
 
 
 def build_student(
@@ -98,77 +94,6 @@ def build_student(
     return Path(target)
 
 
-def build_random(
-    target: str | Path,
-    *,
-    texts: Sequence[str],
-    vocab_size: int = 1000,
-    layers: int = 2,
-    hidden: int = 64,
-    max_positions: int = 256,
-    seed: int = 0,
-) -> Path:
-    """Write an untrained BERT encoder with a vocabulary learnt from texts: for tests and demos.
-
-    Args:
-        target: Where it goes.
-        texts: What the vocabulary is learnt from.
-        vocab_size: Most pieces.
-        layers: Transformer layers.
-        hidden: Channels; heads have 32 of them.
-        max_positions: Longest sequence, special tokens included.
-        seed: Of the weights.
-    """
-    from transformers import BertConfig, BertModel
-
-    normalizer = normalizers.BertNormalizer(lowercase=True)
-    cutter = pre_tokenizers.BertPreTokenizer()
-    words = Counter(
-        word
-        for text in texts
-        for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text))
-    )
-    tokenizer = Tokenizer(
-        models.WordPiece(learn_vocabulary(words, size=vocab_size), unk_token="[UNK]")  # noqa: S106
-    )
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = cutter
-    cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)]
-    )
-    shape = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 32),
-        intermediate_size=2 * hidden,
-        max_position_embeddings=max_positions,
-        pad_token_id=tokenizer.token_to_id("[PAD]"),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = BertModel(shape, add_pooling_layer=False)
-    with atomic_folder(target, replace=True) as folder:
-        shape.save_pretrained(folder)
-        write_weights(folder / "model.safetensors", model.state_dict())
-        tokenizer.save(str(folder / "tokenizer.json"))
-    return Path(target)
-
-
-def learn_vocabulary(words: Mapping[str, int], *, size: int) -> dict[str, int]:
-    """Special pieces, all letters, then the most frequent words; the same for the same words.
-
-    (The trainers of `tokenizers` break ties at random.)
-    """
-    letters = sorted({letter for word in words for letter in word})
-    pieces = [*SPECIAL, *letters, *(_CONTINUES + letter for letter in letters)]
-    known = set(pieces)
-    frequent = sorted(words, key=lambda word: (-words[word], word))
-    pieces += [word for word in frequent if word not in known][: max(0, size - len(pieces))]
-    return {piece: number for number, piece in enumerate(pieces)}
-
-
 def count_pieces(prepared: Sequence[Prepared], *, size: int) -> np.ndarray:
     """(size,) how often each piece occurs in queries and blocks."""
     counts = np.zeros(size, dtype=np.int64)
@@ -189,11 +114,11 @@ def choose_pieces(vocab: Mapping[str, int], counts: np.ndarray, *, size: int) ->
         character
         for piece in by_count
         if counts[vocab[piece]] and piece not in SPECIAL
-        for character in piece.removeprefix(_CONTINUES)
+        for character in piece.removeprefix(CONTINUES)
     }
     must = [piece for piece in SPECIAL if piece in vocab]
     for letter in sorted(letters):
-        must += [piece for piece in (letter, _CONTINUES + letter) if piece in vocab]
+        must += [piece for piece in (letter, CONTINUES + letter) if piece in vocab]
     chosen = set(must)
     if len(chosen) > size:
         raise ConfigError(
@@ -241,7 +166,7 @@ class _Speller:
         self._pieces = {number: piece for piece, number in old.items()}
         self._continues = np.zeros(max(old.values()) + 1, dtype=bool)
         for piece, number in old.items():
-            self._continues[number] = piece.startswith(_CONTINUES) and len(piece) > 2
+            self._continues[number] = piece.startswith(CONTINUES) and len(piece) > 2
         self._new = new
         self._unknown = new["[UNK]"]
         self._known: dict[tuple[int, ...], list[int]] = {}
@@ -270,13 +195,13 @@ class _Speller:
         pieces = [self._pieces[number] for number in word]
         if pieces[0] in SPECIAL:
             return [self._new[pieces[0]]]
-        begins_inside = pieces[0].startswith(_CONTINUES) and len(pieces[0]) > 2
-        text = "".join(piece.removeprefix(_CONTINUES) if i or begins_inside else piece
+        begins_inside = pieces[0].startswith(CONTINUES) and len(pieces[0]) > 2
+        text = "".join(piece.removeprefix(CONTINUES) if i or begins_inside else piece
                        for i, piece in enumerate(pieces))  # fmt: skip
         spelled: list[int] = []
         start = 0
         while start < len(text):
-            mark = _CONTINUES if start or begins_inside else ""
+            mark = CONTINUES if start or begins_inside else ""
             for end in range(len(text), start, -1):
                 number = self._new.get(mark + text[start:end])
                 if number is not None:
@@ -306,8 +231,3 @@ def _prune(tokenizer: dict[str, Any], kept: Sequence[str]) -> dict[str, Any]:
         }
         smaller["post_processor"] = {**template, "special_tokens": special}
     return smaller
-
-
-def teacher_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Weights of an encoder's folder by Hugging Face name."""
-    return read_weights(folder, dtype=torch.float32)

@@ -40,7 +40,11 @@ def main() -> None:
             shutil.copytree(arguments.repo, repo, ignore=shutil.ignore_patterns("__pycache__"))
         folder = arguments.index or work / "index"
         config = IndexConfig(
-            repo=repo, out=folder, model=arguments.model, keep_blocks=arguments.keep_blocks
+            repo=repo,
+            out=folder,
+            model=arguments.model,
+            keep_blocks=arguments.keep_blocks,
+            jobs=arguments.jobs,
         )
         report = build_index(config, embedder=embedder)
         _print(
@@ -125,7 +129,8 @@ def _embedder(model: str):
 def _print(what: str, **values: object) -> None:
     rounded = {key: round(v, 3) if isinstance(v, float) else v for key, v in values.items()}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    print(json.dumps({"what": what, **rounded, "machine": machine}), flush=True)
+    load = round(os.getloadavg()[0], 1)  # above the cores, others were at work too
+    print(json.dumps({"what": what, **rounded, "machine": machine, "load": load}), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -135,6 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="SEA model, or `identifiers`")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--updates", type=int, default=3, help="files to edit, one at a time")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep-blocks", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -118,12 +118,13 @@ class Catalog:
 
     def units(self, ids: Sequence[int]) -> dict[int, UnitRow]:
         """Return those of the numbers that are live, by number."""
+        # The plus keeps SQLite from walking all live units instead of looking the numbers up.
         found = self.rows(
             """SELECT u.id, u.file, f.path, u.language, u.kind, u.symbol, u.first_line, u.last_line,
                       u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks,
                       u.sketch
                FROM units u JOIN files f ON f.id = u.file
-               WHERE u.live = 1 AND u.id IN (SELECT value FROM json_each(?))""",
+               WHERE +u.live = 1 AND u.id IN (SELECT value FROM json_each(?))""",
             (json.dumps([int(number) for number in ids]),),
         )
         return {row[0]: unit_row(row) for row in found}

@@ -1,6 +1,7 @@
 """Index, update and search times over an installed package, one JSON line each.
 
-    python benchmarks/sea_search.py --repo .venv/lib/python3.11/site-packages/transformers
+    python benchmarks/sea_search.py                      # installed transformers, embedded model
+    python benchmarks/sea_search.py --repo FOLDER --model identifiers --jobs 2
 
 Queries are first lines of the package's own documentation, drawn with a seed. Without --index the
 index is made in a temporary folder. --updates edits a copy of the package, never the package.
@@ -9,6 +10,7 @@ index is made in a temporary folder. --updates edits a copy of the package, neve
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -40,7 +42,11 @@ def main() -> None:
             shutil.copytree(arguments.repo, repo, ignore=shutil.ignore_patterns("__pycache__"))
         folder = arguments.index or work / "index"
         config = IndexConfig(
-            repo=repo, out=folder, model=arguments.model, keep_blocks=arguments.keep_blocks
+            repo=repo,
+            out=folder,
+            model=arguments.model,
+            keep_blocks=arguments.keep_blocks,
+            jobs=arguments.jobs,
         )
         report = build_index(config, embedder=embedder)
         _print(
@@ -125,19 +131,33 @@ def _embedder(model: str):
 def _print(what: str, **values: object) -> None:
     rounded = {key: round(v, 3) if isinstance(v, float) else v for key, v in values.items()}
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    print(json.dumps({"what": what, **rounded, "machine": machine}), flush=True)
+    load = round(os.getloadavg()[0], 1)  # above the cores, others were at work too
+    print(json.dumps({"what": what, **rounded, "machine": machine, "load": load}), flush=True)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repo", type=Path, required=True, help="folder to index")
+    parser.add_argument(
+        "--repo", type=Path, help="folder to index; installed transformers if not given"
+    )
+    parser.add_argument("--quick", action="store_true", help="this repository, without a model")
     parser.add_argument("--index", type=Path, help="keep the index here")
     parser.add_argument("--model", default="embedded", help="SEA model, or `identifiers`")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--updates", type=int, default=3, help="files to edit, one at a time")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep-blocks", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repo, arguments.model = Path(__file__).parents[1] / "packages", "identifiers"
+        arguments.queries, arguments.updates = 20, 1
+    if arguments.repo is None:
+        spec = importlib.util.find_spec("transformers")
+        if spec is None or spec.origin is None:
+            parser.error("transformers is not installed; give --repo FOLDER")
+        arguments.repo = Path(spec.origin).parent
+    return arguments
 
 
 if __name__ == "__main__":

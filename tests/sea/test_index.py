@@ -15,7 +15,8 @@ import pytest
 
 from polyzoo.core.errors import ConfigError, DataError, LockedError
 from polyzoo.core.io import FolderLock
-from polyzoo.sea.index import CodeIndex, default_folder, find_folder
+from polyzoo.sea.index import CodeIndex
+from polyzoo.sea.layout import default_folder, find_folder
 from polyzoo.sea.search import Searcher
 from polyzoo.sea.search_config import SearchRequest
 from support.cli import child_environment
@@ -327,6 +328,19 @@ def test_other_engines_behind_the_same_index(tmp_path, store):
     assert repo.ask("area", maxsim=True).hits
 
 
+def test_half_precision_ranks_the_same(tmp_path):
+    repo, half = small_repo(tmp_path / "a"), small_repo(tmp_path / "b")
+    repo.index()
+    half.index(dtype="float16")
+    ours, theirs = (
+        half.ask("area of a circle", mode="vector"),
+        repo.ask("area of a circle", mode="vector"),
+    )
+    assert [hit.symbol for hit in ours.hits] == [hit.symbol for hit in theirs.hits]
+    for our, their in zip(ours.hits, theirs.hits, strict=True):
+        assert our.score == pytest.approx(their.score, abs=2e-3)
+
+
 def test_where_an_index_goes(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYZOO_HOME", str(tmp_path / "home"))
     repo = small_repo(tmp_path)
@@ -396,9 +410,17 @@ def test_damage_is_named(repo):
     catalog.write_bytes(data)
     with pytest.raises(DataError, match=r"catalog-1\.sqlite is damaged .*--rebuild"):
         repo.ask("circle")
-    catalog.unlink()
-    with pytest.raises(DataError, match=r"catalog-1\.sqlite is missing"):
+    with pytest.raises(DataError, match=r"catalog-1\.sqlite is damaged .*--rebuild"):
+        repo.index()
+    assert repo.index(rebuild=True).embedded
+    assert repo.find("area of a circle")
+    (repo.out / "catalog-2.sqlite").unlink()
+    with pytest.raises(DataError, match=r"catalog-2\.sqlite is missing.*--rebuild"):
         repo.ask("circle")
+    with pytest.raises(DataError, match=r"catalog-2\.sqlite is missing.*--rebuild"):
+        repo.index()
+    assert repo.index(rebuild=True).embedded
+    assert repo.find("area of a circle")
     (repo.out / "index.json").write_text('{"format": 99, "generation": 1}')
     with pytest.raises(DataError, match="format 99, this version reads 1"):
         repo.ask("circle")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from polyzoo.core.errors import DataError, PolyzooError
-from polyzoo.sea.index import CodeIndex, current_generation
+from polyzoo.sea.index import CodeIndex
+from polyzoo.sea.layout import current_generation
 from polyzoo.sea.search import Searcher
 from polyzoo.sea.search_config import SearchRequest
 from support.cli import child_environment

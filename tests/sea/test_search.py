@@ -10,8 +10,9 @@ import pytest
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.sea import results
+from polyzoo.sea.fusion import FUSION_OFFSET
 from polyzoo.sea.index import CodeIndex
-from polyzoo.sea.search import FUSION_OFFSET, Searcher
+from polyzoo.sea.search import Searcher
 from polyzoo.sea.search_config import SearchConfig, SearchRequest
 from support.cli import run_cli, run_python
 from support.identifier_encoder import IdentifierEncoder

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from polyzoo.sea.index import CodeIndex
+from polyzoo.sea.index_report import IndexReport
 from polyzoo.sea.results import Hit, SearchResult
 from polyzoo.sea.search import Searcher
 from polyzoo.sea.search_config import IndexConfig, SearchRequest
-from polyzoo.sea.update import IndexReport, build_index
+from polyzoo.sea.update import build_index
 from support.identifier_encoder import IdentifierEncoder
 
 
@@ -129,12 +130,12 @@ def contents(repo: IndexedRepo):
         units = index.catalog.units(ids)
         found, vectors = index.store().get(np.array(sorted(ids), np.int64))
         by_id = dict(zip(found.tolist(), vectors, strict=True))
-        words = dict(
-            (row[0], row[1:])
+        words = {
+            row[0]: row[1:]
             for row in index.catalog.rows(
                 "SELECT rowid, symbol, path, docstring, body FROM lexicon ORDER BY rowid"
             )
-        )
+        }
         assert sorted(words) == sorted(ids)
         assert sorted(by_id) == sorted(number for number in ids if units[number].embedded)
         return sorted(

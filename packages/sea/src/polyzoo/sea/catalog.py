@@ -7,13 +7,13 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from polyzoo.core.errors import DataError, PolyzooError
 from polyzoo.core.io import atomic_path
 from polyzoo.sea import lexical
+from polyzoo.sea.schema import SCHEMA, FileRow, UnitRow, unit_row
 from polyzoo.sea.stores.base import Filter
 
 T = TypeVar("T")
@@ -26,106 +26,12 @@ _DISK = {
     sqlite3.SQLITE_READONLY,
 }
 
-SCHEMA = f"""
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE files (
-    id INTEGER PRIMARY KEY, path TEXT NOT NULL UNIQUE, language TEXT NOT NULL,
-    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, read_ns INTEGER NOT NULL, hash TEXT NOT NULL,
-    skip TEXT, problem TEXT
-);
-CREATE TABLE units (
-    id INTEGER PRIMARY KEY, live INTEGER NOT NULL, file INTEGER NOT NULL, language TEXT NOT NULL,
-    kind TEXT NOT NULL, symbol TEXT NOT NULL, first_line INTEGER NOT NULL,
-    last_line INTEGER NOT NULL, signature TEXT NOT NULL, docstring TEXT, text TEXT NOT NULL,
-    gaps TEXT NOT NULL, hash TEXT NOT NULL, embedded INTEGER NOT NULL DEFAULT 0, blocks TEXT,
-    sketch BLOB
-);
-CREATE INDEX units_by_file ON units (file);
-CREATE INDEX units_by_hash ON units (hash);
-CREATE INDEX units_waiting ON units (id) WHERE embedded = 0;
-CREATE INDEX units_staged ON units (id) WHERE live = 0;
-CREATE INDEX units_state ON units (live, embedded);
-CREATE TABLE staged_files (
-    path TEXT PRIMARY KEY, file INTEGER NOT NULL, language TEXT NOT NULL, size INTEGER NOT NULL,
-    mtime_ns INTEGER NOT NULL, read_ns INTEGER NOT NULL, hash TEXT NOT NULL, skip TEXT, problem TEXT
-);
-CREATE TABLE moved_units (
-    id INTEGER PRIMARY KEY, file INTEGER NOT NULL, symbol TEXT NOT NULL,
-    first_line INTEGER NOT NULL, last_line INTEGER NOT NULL, signature TEXT NOT NULL,
-    docstring TEXT, gaps TEXT NOT NULL
-);
-CREATE TABLE dead_units (id INTEGER PRIMARY KEY);
-CREATE VIRTUAL TABLE lexicon USING fts5 (
-    symbol, path, docstring, body, tokenize = "{lexical.TOKENIZER}"
-);
-"""
-"""`live` units are what readers see. Units of changed files wait with live = 0, together with
-staged_files and moved_units (unchanged functions whose lines or names moved), until one transaction
-makes them live. dead_units are numbers whose vectors are still to be removed from the store.
-`embedded` is 0 while a vector is missing, 1 when the store has it, 2 when the model has none."""
-
-CLOCK_STEP_NS = 2_000_000_000
-"""The coarsest clock of a file system in use."""
-
 MATCHES_SCORED = 8_000
 """About how many units a search by words scores: all that hold one of its rarest words. Scoring
-costs microseconds a unit, so a word that occurs everywhere must not decide which units are looked at."""
+costs microseconds a unit, so a word that occurs everywhere must not decide what is looked at."""
 
 FIELD_WEIGHTS = (4.0, 1.5, 2.0, 1.0)
 """BM25 weights of symbol, path, docstring and body."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileRow:
-    """A file as it was when it was read."""
-
-    id: int
-    path: str
-    language: str
-    size: int
-    mtime_ns: int
-    read_ns: int
-    """When it was read: a file written at about that moment may have changed unseen since."""
-    hash: str
-    skip: str | None
-    """Why its content is not indexed."""
-    problem: str | None
-    """What was wrong although it is indexed."""
-
-    def looks_like(self, size: int, mtime_ns: int) -> bool:
-        """Whether size and time prove that the file is the one that was read."""
-        settled = self.mtime_ns < self.read_ns - CLOCK_STEP_NS
-        return settled and (size, mtime_ns) == (self.size, self.mtime_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class UnitRow:
-    """A unit as a search shows it."""
-
-    id: int
-    file: int
-    path: str
-    language: str
-    kind: str
-    symbol: str
-    first_line: int
-    last_line: int
-    signature: str
-    docstring: str | None
-    text: str
-    """What is embedded: the source, without the lines that are units of their own."""
-    gaps: tuple[tuple[int, int], ...]
-    """(line of `text`, lines left out before it), both counted from 0."""
-    hash: str
-    embedded: bool
-    blocks: tuple[tuple[int, int], ...]
-    """First and last line of each block, as lines of `text`; empty before it is embedded."""
-    sketch: bytes | None
-    """The blocks' vectors in 8 bits, see `sketch`; None where there is only one block."""
-
-    def file_line(self, line: int) -> int:
-        """Return the line of the file, counted from 1, that a line of `text` stands on."""
-        return self.first_line + line + sum(count for place, count in self.gaps if place <= line)
 
 
 class Catalog:
@@ -212,15 +118,16 @@ class Catalog:
 
     def units(self, ids: Sequence[int]) -> dict[int, UnitRow]:
         """Return those of the numbers that are live, by number."""
+        # The plus keeps SQLite from walking all live units instead of looking the numbers up.
         found = self.rows(
             """SELECT u.id, u.file, f.path, u.language, u.kind, u.symbol, u.first_line, u.last_line,
                       u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks,
                       u.sketch
                FROM units u JOIN files f ON f.id = u.file
-               WHERE u.live = 1 AND u.id IN (SELECT value FROM json_each(?))""",
+               WHERE +u.live = 1 AND u.id IN (SELECT value FROM json_each(?))""",
             (json.dumps([int(number) for number in ids]),),
         )
-        return {row[0]: _unit(row) for row in found}
+        return {row[0]: unit_row(row) for row in found}
 
     def embedded(self, ids: Sequence[int]) -> set[int]:
         """Return those of the numbers that are live and have a vector."""
@@ -349,34 +256,10 @@ def _conditions(where: Filter | None) -> tuple[str, list[Any]]:
     if where is None:
         return "", []
     allowed = {"u.language": where.languages, "u.kind": where.kinds, "u.file": where.files}
-    sql, values = "", []
+    sql = ""
+    values: list[Any] = []
     for column, names in allowed.items():
         if names or (column == "u.file" and names is not None):
-            sql += f" AND {column} IN (SELECT value FROM json_each(?))"
+            sql += f" AND {column} IN (SELECT value FROM json_each(?))"  # noqa: S608 - as named above
             values.append(json.dumps(list(names)))
     return sql, values
-
-
-def _unit(row: tuple[Any, ...]) -> UnitRow:
-    return UnitRow(
-        id=row[0],
-        file=row[1],
-        path=row[2],
-        language=row[3],
-        kind=row[4],
-        symbol=row[5],
-        first_line=row[6],
-        last_line=row[7],
-        signature=row[8],
-        docstring=row[9],
-        text=row[10],
-        gaps=_pairs(row[11]),
-        hash=row[12],
-        embedded=row[13] == 1,
-        blocks=_pairs(row[14] or "[]"),
-        sketch=row[15],
-    )
-
-
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple((int(first), int(second)) for first, second in json.loads(text))

@@ -49,7 +49,7 @@ GROUP = CommandGroup(
             summary="Make the index of a repository, or bring it up to date",
             config=IndexConfig,
             run="polyzoo.sea.update:main",
-            render="polyzoo.sea.update:render",
+            render="polyzoo.sea.index_report:render",
         ),
         "search": Command(
             summary="Find code by what it does",

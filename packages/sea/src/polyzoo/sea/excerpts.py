@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from polyzoo.sea import sketch
-from polyzoo.sea.catalog import UnitRow
 from polyzoo.sea.lexical import STOP_WORDS, words
 from polyzoo.sea.results import BestBlock, CodeLine
+from polyzoo.sea.schema import UnitRow
 from polyzoo.sea.stores import Vectors
 
 

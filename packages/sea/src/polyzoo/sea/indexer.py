@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from polyzoo.core.log import get_logger, progress
-from polyzoo.sea.catalog import Catalog, FileRow
+from polyzoo.sea.catalog import Catalog
 from polyzoo.sea.embedding import PendingEmbedder, embed_waiting, unit_of_block
-from polyzoo.sea.index import file_hash, read_settings
+from polyzoo.sea.index import read_settings
+from polyzoo.sea.layout import file_hash
 from polyzoo.sea.reading import ReadFile, read_files
+from polyzoo.sea.schema import FileRow
 from polyzoo.sea.staging import Changes, Staging
 from polyzoo.sea.stores import VectorStore, open_store
 from polyzoo.sea.walk import Skipped, SourceFile, walk

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from polyzoo.sea.catalog import Catalog, FileRow, UnitRow
-from polyzoo.sea.index import content_hash
+from polyzoo.sea.catalog import Catalog
+from polyzoo.sea.layout import content_hash
 from polyzoo.sea.reading import read_file
 from polyzoo.sea.results import Drift
+from polyzoo.sea.schema import FileRow, UnitRow
 from polyzoo.sea.staging import compact, unit_hash
 from polyzoo.sea.units import Unit
 from polyzoo.sea.walk import SourceFile

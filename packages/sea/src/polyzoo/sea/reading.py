@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from polyzoo.core.errors import DataError, MissingExtraError
-from polyzoo.sea.index import content_hash
 from polyzoo.sea.languages import decode_source
+from polyzoo.sea.layout import content_hash
 from polyzoo.sea.units import Unit, extract_units
 from polyzoo.sea.walk import SourceFile, reason_to_skip
 

@@ -8,29 +8,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea.catalog import UnitRow
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import unit_of_block
 from polyzoo.sea.excerpts import excerpt
-from polyzoo.sea.index import CodeIndex, Freshness, IndexState, find_folder
+from polyzoo.sea.fusion import Ranking, fuse
+from polyzoo.sea.ignores import compile_patterns
+from polyzoo.sea.index import CodeIndex, Freshness, IndexState
+from polyzoo.sea.layout import find_folder
 from polyzoo.sea.lexical import query_terms
 from polyzoo.sea.locating import Locator
 from polyzoo.sea.results import Hit, SearchResult
+from polyzoo.sea.schema import UnitRow
 from polyzoo.sea.search_config import Mode, SearchConfig, SearchRequest
 from polyzoo.sea.stores import Filter, Vectors
-from polyzoo.sea.walk import compile_patterns
-
-FUSION_OFFSET = 60
-"""Reciprocal rank fusion: a hit's share is weight / (this + rank), so no first place decides alone."""
 
 _DEPTH = 200
 _TRIES = 3
-
-Ranking = list[tuple[int, float]]
-"""Numbers of units and their scores, best first."""
 
 
 class Searcher:
@@ -160,7 +154,7 @@ class Searcher:
                 terms = query_terms(request.query)
                 depth = max(_DEPTH, 4 * request.top_k)
                 words = self.index.catalog.match(terms, limit=depth, where=where)
-        best = _fuse(vector, words, request, mode)
+        best = fuse(vector, words, request, mode)
         with clock.measure("blocks"):
             return self._hits(best, vector, words, query, request)
 
@@ -182,7 +176,8 @@ class Searcher:
         if by_blocks and not settings.keep_blocks:
             raise ConfigError(
                 f"{self.folder} holds no block vectors, which maxsim compares; build it again "
-                f"with: polyzoo sea index {settings.repo} --out {self.folder} --rebuild --keep-blocks"
+                f"with: polyzoo sea index {settings.repo} --out {self.folder} --rebuild "
+                "--keep-blocks"
             )
         store = self.index.store(blocks=by_blocks)
         wanted = max(_DEPTH, 4 * request.top_k)
@@ -250,21 +245,6 @@ def main(config: SearchConfig) -> SearchResult:
         if not config.no_check and Path(searcher.index.settings.repo).is_dir():
             freshness = searcher.freshness()
         return searcher.search(config.request(), freshness=freshness)
-
-
-def _fuse(vector: Ranking, words: Ranking, request: SearchRequest, mode: Mode) -> Ranking:
-    if mode == "vector":
-        return vector[: request.top_k]
-    if mode == "lexical":
-        return words[: request.top_k]
-    scores: dict[int, float] = {}
-    for ranking, weight in ((vector, request.vector_weight), (words, request.lexical_weight)):
-        for rank, (number, _) in enumerate(ranking, start=1):
-            if weight:
-                scores[number] = scores.get(number, 0.0) + weight / (FUSION_OFFSET + rank)
-    order = np.lexsort((np.array(list(scores), np.int64), -np.array(list(scores.values()))))
-    items = list(scores.items())
-    return [items[place] for place in order[: request.top_k]]
 
 
 def _summary(unit: UnitRow) -> str:

@@ -27,7 +27,7 @@ class IndexConfig:
     store: Literal["local", "qdrant", "lancedb"] | None = None
     """Where vectors go; `local` for a new index."""
     store_location: str | None = None
-    """http://HOST:6333 or a folder for qdrant, a folder or bucket for lancedb; by default in `out`."""
+    """http://HOST:6333 or a folder for qdrant, folder or bucket for lancedb; by default `out`."""
     dtype: Literal["float32", "float16"] | None = None
     """Numbers of a local store's vectors; float32 for a new index."""
     language: tuple[Language, ...] = ()

@@ -18,7 +18,7 @@ from polyzoo.core.errors import PolyzooError
 from polyzoo.core.log import get_logger
 from polyzoo.sea.embedder import Embedder
 from polyzoo.sea.http_server import SearchServer
-from polyzoo.sea.index import find_folder
+from polyzoo.sea.layout import find_folder
 from polyzoo.sea.search_config import ServeConfig
 from polyzoo.sea.service import SearchService
 

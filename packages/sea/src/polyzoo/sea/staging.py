@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from polyzoo.sea.catalog import Catalog, FileRow
+from polyzoo.sea.catalog import Catalog
 from polyzoo.sea.lexical import words
+from polyzoo.sea.schema import FileRow
 from polyzoo.sea.units import Unit
 
 _FILE_COLUMNS = "path, file, language, size, mtime_ns, read_ns, hash, skip, problem"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyzoo.core.errors import DataError
-from polyzoo.sea.index import CodeIndex, Freshness, disk_bytes, find_folder
+from polyzoo.sea.index import CodeIndex, Freshness
+from polyzoo.sea.layout import disk_bytes, find_folder
 from polyzoo.sea.search_config import StatusConfig
 
 _EXAMPLES = 10
@@ -101,7 +102,8 @@ def render(report: StatusReport) -> str:
         f"{report.repo}",
         f"  index      {report.folder} ({report.disk_bytes / 1e6:,.1f} MB, {report.store} store)",
         f"  model      {report.model} ({report.model_id}, {report.dim} channels, "
-        f"{report.aggregator}, splitter {report.splitter}{', blocks kept' if report.keep_blocks else ''})",
+        f"{report.aggregator}, splitter {report.splitter}"
+        f"{', blocks kept' if report.keep_blocks else ''})",
         f"  units      {report.units:,}, {report.coverage:.0%} with vectors",
     ]
     for language, counts in report.languages.items():

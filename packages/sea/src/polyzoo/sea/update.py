@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,54 +16,25 @@ from polyzoo.sea import lexical
 from polyzoo.sea.catalog import Catalog
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import PendingEmbedder
-from polyzoo.sea.index import (
+from polyzoo.sea.ignores import compile_patterns
+from polyzoo.sea.index import IndexSettings, read_settings, write_settings
+from polyzoo.sea.index_report import IndexReport
+from polyzoo.sea.indexer import Indexer
+from polyzoo.sea.languages import GRAMMARS
+from polyzoo.sea.layout import (
     POINTER,
-    IndexSettings,
     catalog_path,
     current_generation,
     default_folder,
     disk_bytes,
-    read_settings,
     store_name,
     switch_generation,
-    write_settings,
 )
-from polyzoo.sea.indexer import Indexer
-from polyzoo.sea.languages import GRAMMARS
 from polyzoo.sea.search_config import IndexConfig
 from polyzoo.sea.stores import open_store
-from polyzoo.sea.walk import Skipped, WalkRules, compile_patterns, walk
+from polyzoo.sea.walk import Skipped, WalkRules, walk
 
 _PROBLEMS_SHOWN = 50
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IndexReport:
-    """What one run of `index` did."""
-
-    folder: str
-    repo: str
-    model: str
-    model_id: str
-    store: str
-    units: int
-    embedded: int
-    added: int
-    """Files, like the next four."""
-    changed: int
-    removed: int
-    renamed: int
-    unchanged: int
-    encoded: int
-    """Units that went through the model in this run."""
-    copied: int
-    """Units that got the vector of one with the same text."""
-    skipped: dict[str, int]
-    """Files and folders left out, by reason."""
-    problems: tuple[str, ...]
-    """Files indexed although something was wrong with them."""
-    disk_bytes: int
-    seconds: float
 
 
 def main(config: IndexConfig) -> IndexReport:
@@ -86,103 +58,97 @@ def build_index(config: IndexConfig, *, embedder: Embedder | None = None) -> Ind
     Example:
         >>> build_index(IndexConfig(repo=Path("."))).units
     """
-    start = time.monotonic()
-    repo = config.repo.expanduser().resolve()
-    folder = (config.out or default_folder(repo)).expanduser()
+    job = _Job(config, config.repo.expanduser().resolve(), embedder, time.monotonic())
     rules = _rules(config)
-    old = current_generation(folder)
-    if old is None or config.rebuild:
-        _check_has_source(repo, rules)
-    elif not repo.is_dir():
-        raise DataError(f"{repo} is not there; remove {folder} if its index is no longer wanted")
-    with FolderLock(folder, purpose="indexing"):
-        remove_stale(folder / POINTER)
-        old = current_generation(folder)  # another process may just have made it
-        if old is None:
-            return _first(config, repo, folder, embedder, start)
-        _sweep(folder, old)
-        catalog = Catalog(catalog_path(folder, old), write=True)
-        try:
-            return _again(config, repo, folder, old, catalog, embedder, start)
-        finally:
-            catalog.close()
+    generation = current_generation(job.folder)
+    if generation is None or config.rebuild:
+        _check_has_source(job.repo, rules)
+    elif not job.repo.is_dir():
+        raise DataError(
+            f"{job.repo} is not there; remove {job.folder} if its index is no longer wanted"
+        )
+    with FolderLock(job.folder, purpose="indexing"):
+        remove_stale(job.folder / POINTER)
+        generation = current_generation(job.folder)  # another process may just have made it
+        if generation is None:
+            return _first(job)
+        _sweep(job.folder, generation)
+        return _rebuild(job, generation) if config.rebuild else _update(job, generation)
 
 
-def render(report: IndexReport) -> str:
-    """Describe a run for people."""
-    share = f" ({report.embedded / report.units:.0%} with vectors)" if report.units else ""
-    lines = [
-        f"{report.repo}: {report.units:,} units{share} in {report.seconds:.1f} s",
-        f"files: {report.added:,} added, {report.changed:,} changed, {report.renamed:,} renamed, "
-        f"{report.removed:,} removed, {report.unchanged:,} unchanged",
-        f"vectors: {report.encoded:,} encoded with {report.model}, {report.copied:,} copied",
-    ]
-    lines += [f"left out: {count:,} x {reason}" for reason, count in sorted(report.skipped.items())]
-    lines += [f"note: {problem}" for problem in report.problems]
-    lines.append(f"index: {report.folder} ({report.disk_bytes / 1e6:,.1f} MB, {report.store})")
-    return "\n".join(lines)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One run of the command."""
+
+    config: IndexConfig
+    repo: Path
+    embedder: Embedder | None
+    start: float
+
+    @property
+    def folder(self) -> Path:
+        return (self.config.out or default_folder(self.repo)).expanduser()
+
+    def model(self, name: str) -> PendingEmbedder:
+        return PendingEmbedder(lambda: self.embedder or load_embedder(name))
+
+    def check_repo(self, settings: IndexSettings) -> None:
+        if Path(settings.repo) != self.repo:
+            raise ConfigError(
+                f"{self.folder} is the index of {settings.repo}, not of {self.repo}; choose "
+                "another --out folder"
+            )
 
 
-def _first(
-    config: IndexConfig, repo: Path, folder: Path, embedder: Embedder | None, start: float
-) -> IndexReport:
-    name = config.model or "embedded"
-    model = PendingEmbedder(lambda: embedder or load_embedder(name))
-    settings = _new_settings(config, repo, folder, name, model.get(), _rules(config) or WalkRules())
-    catalog = _begin(folder, 1, settings)
+def _first(job: _Job) -> IndexReport:
+    model = job.model(job.config.model or "embedded")
+    catalog = _begin(job.folder, 1, _new_settings(job, model.get(), old=None))
     try:
         # At once, so that readers may search words while vectors are made.
-        switch_generation(folder, 1)
-        return _run(config, folder, 1, catalog, model, start)
+        switch_generation(job.folder, 1)
+        return _run(job, 1, catalog, model)
     finally:
         catalog.close()
 
 
-def _again(
-    config: IndexConfig,
-    repo: Path,
-    folder: Path,
-    generation: int,
-    catalog: Catalog,
-    embedder: Embedder | None,
-    start: float,
-) -> IndexReport:
-    old = read_settings(catalog)
-    if Path(old.repo) != repo:
-        raise ConfigError(
-            f"{folder} is the index of {old.repo}, not of {repo}; choose another --out folder"
-        )
-    name = config.model or old.model
-    model = PendingEmbedder(lambda: embedder or load_embedder(name))
-    rules = _rules(config) or old.rules
-    if not config.rebuild:
-        _check_unchanged(config, old, folder)
-        if rules != old.rules:
-            write_settings(catalog, replace(old, rules=rules))
-        _discard(folder, generation + 1)  # a rebuild that was given up
-        return _run(config, folder, generation, catalog, model, start)
-    settings = _new_settings(config, repo, folder, name, model.get(), rules, old)
-    anew = _begin(folder, generation + 1, settings)
+def _update(job: _Job, generation: int) -> IndexReport:
+    path = catalog_path(job.folder, generation)
+    if not path.exists():
+        raise DataError(f"{path} is missing; build the index again with --rebuild")
+    catalog = Catalog(path, write=True)
     try:
-        report = _run(config, folder, generation + 1, anew, model, start)
+        settings = read_settings(catalog)
+        job.check_repo(settings)
+        _check_unchanged(job.config, settings, job.folder)
+        rules = _rules(job.config) or settings.rules
+        if rules != settings.rules:
+            write_settings(catalog, replace(settings, rules=rules))
+        _discard(job.folder, generation + 1)  # a rebuild that was given up
+        return _run(job, generation, catalog, job.model(job.config.model or settings.model))
     finally:
-        anew.close()
-    switch_generation(folder, generation + 1)
-    catalog.close()
-    _discard(folder, generation)
-    return report
+        catalog.close()
 
 
-def _run(
-    config: IndexConfig,
-    folder: Path,
-    generation: int,
-    catalog: Catalog,
-    model: PendingEmbedder,
-    start: float,
-) -> IndexReport:
-    jobs = config.jobs or os.cpu_count() or 1
-    indexer = Indexer(folder, generation, catalog, model, jobs=jobs)
+def _rebuild(job: _Job, generation: int) -> IndexReport:
+    """Make the next generation beside the one that readers have, then switch."""
+    old = _settings_if_readable(job.folder, generation)
+    if old is not None:
+        job.check_repo(old)
+    model = job.model(job.config.model or (old.model if old else "embedded"))
+    settings = _new_settings(job, model.get(), old=old)
+    catalog = _begin(job.folder, generation + 1, settings)
+    try:
+        report = _run(job, generation + 1, catalog, model)
+    finally:
+        catalog.close()
+    switch_generation(job.folder, generation + 1)
+    _discard(job.folder, generation)
+    return replace(report, disk_bytes=disk_bytes(job.folder))
+
+
+def _run(job: _Job, generation: int, catalog: Catalog, model: PendingEmbedder) -> IndexReport:
+    jobs = job.config.jobs or os.cpu_count() or 1
+    indexer = Indexer(job.folder, generation, catalog, model, jobs=jobs)
     indexer.run()
     settings, counts = indexer.settings, indexer.counts
     units, embedded = catalog.coverage()
@@ -191,7 +157,7 @@ def _run(
     if more > 0:
         problems[_PROBLEMS_SHOWN:] = [f"and {more:,} more like these"]
     return IndexReport(
-        folder=str(folder),
+        folder=str(job.folder),
         repo=settings.repo,
         model=settings.model,
         model_id=settings.model_id,
@@ -207,8 +173,8 @@ def _run(
         copied=counts["copied"],
         skipped=dict(indexer.skipped.counts),
         problems=tuple(problems),
-        disk_bytes=disk_bytes(folder),
-        seconds=round(time.monotonic() - start, 3),
+        disk_bytes=disk_bytes(job.folder),
+        seconds=round(time.monotonic() - job.start, 3),
     )
 
 
@@ -252,21 +218,15 @@ def _check_unchanged(config: IndexConfig, old: IndexSettings, folder: Path) -> N
             )
 
 
-def _new_settings(
-    config: IndexConfig,
-    repo: Path,
-    folder: Path,
-    name: str,
-    embedder: Embedder,
-    rules: WalkRules,
-    old: IndexSettings | None = None,
-) -> IndexSettings:
+def _new_settings(job: _Job, embedder: Embedder, *, old: IndexSettings | None) -> IndexSettings:
+    """Settle what the config leaves open by the index before it, then by defaults."""
+    config, folder = job.config, job.folder
     kind = config.store or (old.store if old else "local")
     same_kind = old is not None and old.store == kind
     maxsim = embedder.config.aggregator == "maxsim"  # such a model ranks by blocks only
     return IndexSettings(
-        repo=str(repo),
-        model=name,
+        repo=str(job.repo),
+        model=config.model or (old.model if old else "embedded"),
         model_id=embedder.model_id,
         sea=embedder.config,
         dim=embedder.dim,
@@ -275,8 +235,23 @@ def _new_settings(
         store_location=config.store_location or (old.store_location if old and same_kind else ""),
         store_name="vectors" if kind == "local" else store_name(folder),
         keep_blocks=config.keep_blocks or maxsim or bool(old and old.keep_blocks),
-        rules=rules,
+        rules=_rules(config) or (old.rules if old else WalkRules()),
     )
+
+
+def _settings_if_readable(folder: Path, generation: int) -> IndexSettings | None:
+    """Return how a generation was made; None where it is missing or damaged."""
+    path = catalog_path(folder, generation)
+    if not path.exists():
+        return None
+    try:
+        catalog = Catalog(path)
+        try:
+            return read_settings(catalog)
+        finally:
+            catalog.close()
+    except DataError:
+        return None
 
 
 def _begin(folder: Path, generation: int, settings: IndexSettings) -> Catalog:
@@ -301,15 +276,13 @@ def _sweep(folder: Path, generation: int) -> None:
 
 def _discard(folder: Path, generation: int) -> None:
     """Remove a generation nobody reads any more; a reader that has it open keeps it until then."""
-    path = catalog_path(folder, generation)
-    if not path.exists():
-        return
-    catalog = Catalog(path)
-    settings = read_settings(catalog)
-    catalog.close()
-    for blocks in (False, True):
-        place = settings.place(folder, generation, blocks=blocks)
-        with suppress(DataError):  # it was never made
-            open_store(place).drop()
+    settings = _settings_if_readable(folder, generation)
+    if settings is not None:
+        for blocks in (False, True):
+            place = settings.place(folder, generation, blocks=blocks)
+            with suppress(DataError):  # it was never made
+                open_store(place).drop()
+    for name in ("vectors", "vectors-blocks"):  # a local store whose catalog was unreadable
+        shutil.rmtree(folder / f"{name}-{generation}", ignore_errors=True)
     for suffix in ("", "-wal", "-shm"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
+        Path(f"{catalog_path(folder, generation)}{suffix}").unlink(missing_ok=True)

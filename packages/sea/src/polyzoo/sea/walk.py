@@ -12,7 +12,14 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from polyzoo.core.errors import ConfigError, DataError
+from polyzoo.core.errors import DataError
+from polyzoo.sea.ignores import (
+    IgnoreFile,
+    compile_patterns,
+    ignores_above,
+    is_ignored,
+    read_ignore,
+)
 from polyzoo.sea.languages import detect
 
 MAX_FILE_BYTES = 1_000_000
@@ -103,8 +110,8 @@ def walk(root: Path, rules: WalkRules, skipped: Skipped) -> Iterator[SourceFile]
     root = root.resolve()
     include = compile_patterns(rules.include, option="include") if rules.include else None
     exclude = compile_patterns(rules.exclude, option="exclude")
-    ignores = _ignores_above(root) if rules.gitignore else []
-    stack: list[tuple[str, list[_Ignore]]] = [("", ignores)]
+    ignores = ignores_above(root) if rules.gitignore else []
+    stack: list[tuple[str, list[IgnoreFile]]] = [("", ignores)]
     while stack:
         folder, ignores = stack.pop()
         try:
@@ -114,9 +121,9 @@ def walk(root: Path, rules: WalkRules, skipped: Skipped) -> Iterator[SourceFile]
             skipped.add(f"unreadable folder ({error.strerror})", folder)
             continue
         if rules.gitignore and any(entry.name == ".gitignore" for entry in entries):
-            own = _read_ignore(root / folder / ".gitignore")
-            ignores = [*ignores, _Ignore(folder, "", own)] if own else ignores
-        folders: list[tuple[str, list[_Ignore]]] = []
+            own = read_ignore(root / folder / ".gitignore")
+            ignores = [*ignores, IgnoreFile(folder, "", own)] if own else ignores
+        folders: list[tuple[str, list[IgnoreFile]]] = []
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_symlink():
@@ -134,20 +141,6 @@ def walk(root: Path, rules: WalkRules, skipped: Skipped) -> Iterator[SourceFile]
                 if file:
                     yield file
         stack.extend(reversed(folders))
-
-
-def compile_patterns(patterns: Sequence[str], *, option: str) -> GitIgnoreSpec:
-    """Read patterns in .gitignore syntax.
-
-    Raises:
-        ConfigError: one of them is not a pattern; the message names it and the option.
-    """
-    for pattern in patterns:
-        if not _is_pattern(pattern):
-            raise ConfigError(
-                f"{option}={pattern!r} is not a pattern; use .gitignore syntax, such as src/**/*.py"
-            )
-    return GitIgnoreSpec.from_lines(patterns)
 
 
 def reason_to_skip(data: bytes, path: str) -> str | None:
@@ -168,7 +161,7 @@ def _folder_reason(
     path: str,
     rules: WalkRules,
     exclude: GitIgnoreSpec,
-    ignores: Sequence[_Ignore],
+    ignores: Sequence[IgnoreFile],
 ) -> str | None:
     if entry.name in _CACHES:
         return "cache folder"
@@ -181,7 +174,7 @@ def _folder_reason(
         return "name is not UTF-8"
     if exclude.match_file(path + "/"):
         return "excluded"
-    if _ignored(path + "/", ignores):
+    if is_ignored(path + "/", ignores):
         return ".gitignore"
     return None
 
@@ -192,7 +185,7 @@ def _judge(
     rules: WalkRules,
     include: GitIgnoreSpec | None,
     exclude: GitIgnoreSpec,
-    ignores: Sequence[_Ignore],
+    ignores: Sequence[IgnoreFile],
     skipped: Skipped,
 ) -> SourceFile | None:
     language = detect(entry.name)
@@ -208,7 +201,7 @@ def _judge(
         reason = "excluded"
     elif include is not None and not include.match_file(path):
         reason = "not included"
-    elif _ignored(path, ignores):
+    elif is_ignored(path, ignores):
         reason = ".gitignore"
     elif _GENERATED_NAME.search(entry.name):
         reason = "generated"
@@ -234,72 +227,3 @@ def _is_text(path: str) -> bool:
     except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as lone surrogates
         return False
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class _Ignore:
-    """One .gitignore: its rules see paths relative to its own folder."""
-
-    base: str
-    """Folder of the file relative to the root, "" for the root."""
-    above: str
-    """What to put before a path relative to the root, for a file that lies above it."""
-    spec: GitIgnoreSpec
-
-
-def _ignored(path: str, ignores: Sequence[_Ignore]) -> bool:
-    """Ask the deepest .gitignore that has an opinion."""
-    for ignore in reversed(ignores):
-        relative = path[len(ignore.base) + 1 :] if ignore.base else ignore.above + path
-        verdict = ignore.spec.check_file(relative).include
-        if verdict is not None:
-            return verdict
-    return False
-
-
-def _read_ignore(path: Path) -> GitIgnoreSpec | None:
-    if path.is_symlink():  # git does not follow it either
-        return None
-    try:
-        lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()
-    except OSError:
-        return None
-    try:
-        return GitIgnoreSpec.from_lines(lines)
-    except ValueError:  # git drops only the pattern it cannot read
-        return GitIgnoreSpec.from_lines(line for line in lines if _is_pattern(line))
-
-
-def _is_pattern(line: str) -> bool:
-    try:
-        GitIgnoreSpec.from_lines([line])
-    except ValueError:
-        return False
-    return True
-
-
-def _ignores_above(root: Path) -> list[_Ignore]:
-    """Rules of the git repository that `root` lies in, top first.
-
-    When they ignore `root` itself (a virtual environment inside a clone), whoever asks for it wants
-    it all the same, so they do not apply.
-    """
-    top = next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), None)
-    if top is None:
-        return []
-    parts = root.relative_to(top).parts
-    files = [(0, top / ".git" / "info" / "exclude")]
-    files += [(depth, top.joinpath(*parts[:depth], ".gitignore")) for depth in range(len(parts))]
-    specs = [(depth, spec) for depth, path in files if (spec := _read_ignore(path))]
-    for depth in range(1, len(parts) + 1):
-        for start, spec in reversed(specs):
-            if start >= depth:
-                continue
-            verdict = spec.check_file("/".join(parts[start:depth]) + "/").include
-            if verdict:
-                return []
-            if verdict is False:
-                break
-    return [
-        _Ignore("", "".join(f"{part}/" for part in parts[depth:]), spec) for depth, spec in specs
-    ]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from polyzoo.core.errors import DataError, PolyzooError
 from polyzoo.core.io import atomic_write, fsync_folder
 from polyzoo.sea.stores.base import Filter, Ids, Points, Vectors, VectorStore, ordered
+from polyzoo.sea.stores.scoring import allowed_rows, inner_products
 
 _ENTRY = np.dtype([("id", "<i8"), ("file", "<i8"), ("language", "S16"), ("kind", "S8")])
 """A positive number says that the next matrix row is its vector, a negative one that it is gone."""
@@ -46,8 +47,8 @@ class LocalStore(VectorStore):
 
     Nothing that was written is ever changed: rows and log entries are appended, the row reaching
     the disk before the entry that names it, so a process killed at any instant leaves a valid
-    store, at most with a torn tail that the next writer cuts off. When most rows are dead the live ones are
-    copied to new files and a pointer file is switched.
+    store, at most with a torn tail that the next writer cuts off. When most rows are dead, the live
+    ones are copied to new files and a pointer file is switched.
 
     Example:
         >>> store = LocalStore(Path("vectors"), dim=384, create=True)
@@ -112,11 +113,11 @@ class LocalStore(VectorStore):
         snapshot = self._read()
         rows, ids = snapshot.rows, snapshot.entries["id"]
         if where is not None and not where.is_empty:
-            allowed = _allowed(snapshot.entries, where)
+            allowed = allowed_rows(snapshot.entries, where)
             rows, ids = rows[allowed], ids[allowed]
         if not len(rows):
             return np.empty(0, np.int64), np.empty(0, np.float32)
-        scores = _scores(snapshot.matrix, rows, np.asarray(query, np.float32))
+        scores = inner_products(snapshot.matrix, rows, np.asarray(query, np.float32))
         if limit < len(scores):
             # Ties at the border are all kept, so that their order does not depend on the partition.
             border = np.partition(scores, -limit)[-limit]
@@ -287,30 +288,3 @@ def _short(values: object, width: int) -> npt.NDArray[np.bytes_]:
         longest = max(encoded.tolist(), key=len)
         raise DataError(f"{longest!r} is longer than the {width} bytes a payload field may have")
     return encoded
-
-
-def _allowed(entries: npt.NDArray[np.void], where: Filter) -> npt.NDArray[np.bool_]:
-    allowed = np.ones(len(entries), bool)
-    if where.languages:
-        allowed &= np.isin(entries["language"], np.array([x.encode() for x in where.languages]))
-    if where.kinds:
-        allowed &= np.isin(entries["kind"], np.array([x.encode() for x in where.kinds]))
-    if where.files is not None:
-        allowed &= np.isin(entries["file"], np.array(where.files, np.int64))
-    return allowed
-
-
-def _scores(
-    matrix: npt.NDArray[np.floating], rows: npt.NDArray[np.int64], query: Vectors
-) -> Vectors:
-    """Inner products of some rows, a bounded number of them in memory at a time."""
-    scores = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chosen = rows[start : start + _CHUNK_ROWS]
-        first, stop = int(chosen[0]), int(chosen[-1]) + 1
-        if stop - first <= 2 * len(chosen):  # reading over a few gaps beats gathering rows
-            products = np.asarray(matrix[first:stop], np.float32) @ query
-            scores[start : start + len(chosen)] = products[chosen - first]
-        else:
-            scores[start : start + len(chosen)] = np.asarray(matrix[chosen], np.float32) @ query
-    return scores

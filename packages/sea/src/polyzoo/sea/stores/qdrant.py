@@ -25,7 +25,7 @@ class QdrantStore(VectorStore):
     """One collection per generation of an index; `publish` moves the index's alias to this one.
 
     On a server, language, kind and file get payload indexes, and searches ask for exact results.
-    The key is read from the environment variable QDRANT_API_KEY, so that it shows in no process list.
+    The key comes from the environment variable QDRANT_API_KEY, so that no process list shows it.
     Local mode keeps its folder to one process: no search while another process indexes.
 
     Example:

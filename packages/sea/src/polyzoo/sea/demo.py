@@ -158,5 +158,7 @@ def _code(hit: Hit) -> str:
 def _installed(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise PolyzooError(f"{package} is not installed; the demo indexes it: pip install {package}")
+        raise PolyzooError(
+            f"{package} is not installed; the demo indexes it: pip install {package}"
+        )
     return Path(spec.origin).parent

@@ -18,7 +18,8 @@ from polyzoo.sea.search import Searcher
 from polyzoo.sea.search_config import IndexConfig, SearchRequest
 from polyzoo.sea.update import build_index
 
-_SHOWN, _ACCEPTED = 3, 3
+_ACCEPTED = 3
+"""An answer counts among the first so many, which are what the page shows."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _ask(
 
 
 def _answers(question: Question, result: SearchResult) -> str:
-    hits = "".join(_hit(hit, opened=hit.rank == 1) for hit in result.hits[:_SHOWN])
+    hits = "".join(_hit(hit, opened=hit.symbol in question.answers) for hit in result.hits)
     return f'<p class="query">{html.escape(question.text)}</p>{hits}'
 
 

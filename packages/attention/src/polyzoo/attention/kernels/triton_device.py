@@ -199,17 +199,16 @@ def locate(
 
 @triton.jit
 def tile_plan(
-    row, n, m, length, left, right, kh, Index, Counts, list_row,
+    row, n, length, left, right, kh, Counts, list_row,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, HAS_MASK: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     EDGES: tl.constexpr,
 ):  # fmt: skip
     """Ranges of full and partial key tiles of one query tile.
 
-    Returns the visible keys `begin .. end`, the range of full tiles, the range of a counter over
-    partial tiles with its `split` and `jump` (see `edge_tile`), and the tile list of a dense mask.
+    Returns the visible keys `begin .. end`, the range of full tiles, and the range of a counter
+    over partial tiles with its `split` and `jump` (see `edge_tile`).
     """
-    tile_list = Index
     split = 0
     jump = 0
     begin, end, full_begin, full_end = key_bounds(
@@ -222,7 +221,6 @@ def tile_plan(
         edge_lo = 0
         edge_hi = tiles
     elif HAS_MASK:
-        tile_list += tl.cast(list_row, tl.int64) * tl.cdiv(m, BN)
         full = tl.load(Counts + 2 * list_row)
         partial = tl.load(Counts + 2 * list_row + 1)
         full_lo = 0
@@ -240,7 +238,7 @@ def tile_plan(
             edge_lo = first
             jump = full_hi - full_lo
             edge_hi = stop - jump
-    return begin, end, full_lo, full_hi, edge_lo, edge_hi, split, jump, tile_list
+    return begin, end, full_lo, full_hi, edge_lo, edge_hi, split, jump
 
 
 @triton.jit

@@ -180,9 +180,12 @@ def forward_kernel(
         safe_rows = tl.minimum(rows, n - 1)
         width = width_term(RelW, safe_rows[:, None], rel_w_n, tl.arange(0, BN)[None, :], KW, KWP)
 
-    begin, end, full_lo, full_hi, edge_lo, edge_hi, split, jump, tile_list = tile_plan(
-        row, n, m, length, left, right, kh, Index, Counts,
-        sequence * list_b + head * list_h + tile * list_t,
+    list_row = sequence * list_b + head * list_h + tile * list_t
+    tile_list = Index
+    if HAS_MASK and KW == 0:
+        tile_list += tl.cast(list_row, tl.int64) * tl.cdiv(m, BN)
+    begin, end, full_lo, full_hi, edge_lo, edge_hi, split, jump = tile_plan(
+        row, n, length, left, right, kh, Counts, list_row,
         BM, BN, HAS_LEFT, HAS_RIGHT, KVLENS, HAS_MASK, KW, KWP, EDGES,
     )  # fmt: skip
 

@@ -1,0 +1,103 @@
+"""Start the split-key kernel for few queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyzoo.attention.kernels.launch import as_bytes, device_of
+from polyzoo.attention.kernels.problem import Problem, alignment, heads_last, strides
+from polyzoo.attention.kernels.triton_decode import decode_kernel, merge_kernel
+from polyzoo.attention.kernels.tuning import TileConfig, choose_config, processors
+
+MAX_QUERIES = 16
+MAX_ROWS = 64
+_MAX_SPLITS = 64
+
+
+def suits(problem: Problem) -> bool:
+    """Whether splitting the keys pays: few query rows, and keys enough to share out."""
+    rows = problem.group * problem.queries
+    return (
+        0 < problem.queries <= MAX_QUERIES
+        and rows <= MAX_ROWS
+        and problem.keys >= 256
+        and not problem.packed
+        and not problem.width
+        and problem.dropout == 0.0
+    )
+
+
+def decode(
+    problem: Problem, *, config: TileConfig | None = None, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention and log-sum-exp, as `launch.forward`, for calls that `suits`.
+
+    Args:
+        problem: The call.
+        config: Tile sizes; looked up if left out. `block_m` is not used.
+        splits: Slices of the keys; enough to fill the GPU if left out.
+    """
+    q, k, v = problem.q, problem.k, problem.v
+    b, h, n, _ = q.shape
+    hk, m = k.shape[1], k.shape[2]
+    config = config or choose_config("decode", problem)
+    if splits is None:
+        wanted = -(-4 * processors(q.device) // max(b * hk, 1))
+        splits = max(1, min(wanted, -(-m // config.block_n), _MAX_SPLITS))
+    dv = v.shape[-1]
+    out = heads_last(q, dv)
+    lse = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
+    part = torch.empty((splits, b, h, n, dv), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((splits, b, h, n), dtype=torch.float32, device=q.device)
+    main = [strides(t, 3) for t in (q, k, v)]
+    align = alignment(main)
+    constants = {
+        name: value
+        for name, value in problem.constants.items()
+        if name not in ("PACKED", "KW", "KWP", "DROPOUT")
+    }
+    rows = max(16, 1 << (problem.group * n - 1).bit_length())
+    with device_of(q):
+        decode_kernel[(b * hk * splits,)](
+            q,
+            k,
+            v,
+            part,
+            part_lse,
+            problem.bias,
+            as_bytes(problem.mask),
+            problem.kv_lens,
+            *(stride // align for group in main for stride in group),
+            *strides(problem.bias, 4),
+            *strides(problem.mask, 4),
+            b,
+            hk,
+            n,
+            m,
+            *problem.window,
+            splits,
+            problem.kernel_scale,
+            ALIGN=align,
+            ROWS=rows,
+            BN=config.block_n,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **constants,
+        )
+        merge_kernel[(b * h * n,)](
+            part,
+            part_lse,
+            out,
+            lse,
+            *out.stride()[:3],
+            h,
+            n,
+            b * h * n,
+            splits,
+            DV=dv,
+            DVP=1 << (dv - 1).bit_length(),
+            SPLITS=1 << (splits - 1).bit_length(),
+            num_warps=4 if splits > 4 else 1,
+        )
+    return out, lse

@@ -23,20 +23,22 @@ from polyzoo.attention.kernels.launch_decode import decode
 from polyzoo.attention.kernels.tuning import TileConfig
 
 FORWARD = [
-    (64, 32, 4, 3, False), (64, 64, 4, 2, False), (64, 64, 4, 3, False), (64, 128, 4, 2, False),
-    (128, 32, 4, 3, False), (128, 64, 4, 2, False), (128, 64, 8, 2, False), (128, 64, 8, 3, False),
-    (128, 128, 8, 2, False), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 128, 4, 2, True),
-    (128, 64, 4, 3, True), (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 128, 8, 2, True),
-    (128, 128, 8, 3, True),
+    (64, 32, 4, 3, False), (64, 64, 4, 2, False), (64, 64, 4, 3, False), (128, 32, 4, 3, False),
+    (128, 64, 8, 2, False), (128, 64, 8, 3, False), (128, 64, 4, 3, False),
+    (128, 128, 8, 2, False), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 64, 4, 4, True),
+    (128, 64, 4, 3, True), (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 4, True),
+    (128, 128, 8, 2, True), (128, 128, 8, 3, True),
 ]  # fmt: skip
-FORWARD_SMALL = [(16, 64, 4, 2, False), (32, 32, 4, 2, False), (32, 64, 4, 2, False), (32, 128, 4, 2, False)]
+FORWARD_SMALL = [
+    (16, 64, 4, 2, False), (32, 32, 4, 2, False), (32, 64, 4, 2, False), (32, 128, 4, 2, False),
+]  # fmt: skip
 BACKWARD_KV = [
-    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3),
-    (32, 64, 4, 3), (32, 128, 8, 2), (32, 128, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2), (64, 128, 8, 1),
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2),
+    (32, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3),
 ]  # fmt: skip
 BACKWARD_Q = [
-    (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3),
-    (64, 128, 8, 2), (128, 128, 8, 1), (128, 128, 8, 2), (64, 32, 4, 3),
+    (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2),
+    (128, 32, 8, 3), (64, 32, 4, 3), (128, 128, 8, 2),
 ]  # fmt: skip
 DECODE = [
     (16, bn, warps, stages, splits)
@@ -57,11 +59,14 @@ def jobs(names):
         small = name in ("Q1a", "Q1b")
         sizes_forward = FORWARD_SMALL + FORWARD[:4] if small else FORWARD
         for sizes in sizes_forward:
-            if not (sizes[4] and name in ("S1", "S2", "P3a", "P3b", "T1", "R1")):
+            if not (sizes[4] and name in ("S1", "S2", "P3a", "P3b", "R1")):
                 yield name, "forward", sizes
-        if case.backward and name not in ("C1", "D1"):
+        if case.backward and name != "D1":
             yield from ((name, "backward_kv", sizes) for sizes in BACKWARD_KV)
             yield from ((name, "backward_q", sizes) for sizes in BACKWARD_Q)
+            if name in ("P1", "L1", "S1"):
+                yield from ((name, "quick_kv", sizes) for sizes in BACKWARD_KV[:5])
+                yield from ((name, "quick_q", sizes) for sizes in BACKWARD_Q[:6])
 
 
 def runner(kind, sizes, problem, state):
@@ -73,11 +78,16 @@ def runner(kind, sizes, problem, state):
     if kind == "forward":
         return lambda: forward(problem, config=config)
     out, lse, dout = state
-    if kind == "backward_kv":
+    careful = kind.startswith("backward")
+    if kind.endswith("kv"):
         wanted = Wanted(q=False, bias=False)
-        return lambda: backward(problem, out, lse, dout, wanted=wanted, config_kv=config)
+        return lambda: backward(
+            problem, out, lse, dout, wanted=wanted, config_kv=config, careful=careful
+        )
     wanted = Wanted(kv=False, bias=False)
-    return lambda: backward(problem, out, lse, dout, wanted=wanted, config_q=config)
+    return lambda: backward(
+        problem, out, lse, dout, wanted=wanted, config_q=config, careful=careful
+    )
 
 
 def each(wanted):
@@ -134,7 +144,7 @@ def main() -> None:
         rows.append({"case": name, "kind": kind, "sizes": sizes, "ms": round(ms, 5)})
     options.out.write_text("\n".join(json.dumps(row) for row in rows))
     for name in options.cases.split(","):
-        for kind in ("forward", "backward_kv", "backward_q", "decode"):
+        for kind in ("forward", "backward_kv", "backward_q", "quick_kv", "quick_q", "decode"):
             best = sorted(
                 (r for r in rows if (r["case"], r["kind"]) == (name, kind) and r["ms"] == r["ms"]),
                 key=lambda row: row["ms"],

@@ -19,6 +19,7 @@ pytestmark = [
         reason="needs a CUDA device of sm_80 or newer",
     ),
 ]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -57,8 +58,8 @@ def check(found, wanted, peer, dtype):
     gap = (found["lse"].double() - wanted["lse"])[seen]
     assert gap.numel() == 0 or gap.abs().max() < 2e-3
     for name, value in found.items():
-        if name == "lse" or value.numel() == 0 or not wanted[name].any():
-            continue
+        if name == "lse" or value.numel() == 0 or wanted[name].abs().max() < 1e-9:
+            continue  # nothing, or zero up to rounding: it has no direction
         a, b = value.double().flatten(), wanted[name].double().flatten()
         assert torch.dot(a, b) / (a.norm() * b.norm()) >= 0.9999, name
 
@@ -66,7 +67,7 @@ def check(found, wanted, peer, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", parity_names())
 def test_stored_cases(name, dtype):
-    problem, stored = parity_case(name, DTYPES[dtype], "cuda")
+    problem, stored = parity_case(name, DTYPES[dtype], DEVICE)
     dout = stored["do"].to(DTYPES[dtype])
     found = run_all(problem, dout)
     if name.startswith("huge_logits"):
@@ -118,19 +119,19 @@ def draw(seed: int, dtype: torch.dtype) -> tuple[Problem, torch.Tensor]:
         extra = {"rel_h": normal(dtype, b, h, n, kh), "rel_w": normal(dtype, b, h, n, kw)}
     if kind in ("mask", "mix"):
         shape = [pick.choice([1, size]) for size in (b, h, n, m)]
-        extra["mask"] = torch.rand(shape, device="cuda") < pick.choice([0.02, 0.5, 0.97])
+        extra["mask"] = torch.rand(shape, device=DEVICE) < pick.choice([0.02, 0.5, 0.97])
         if pick.random() < 0.5:
             extra["mask"][..., : shape[3] // 2] = pick.random() < 0.5
     if kind in ("bias", "mix"):
         extra["bias"] = normal(dtype, *(pick.choice([1, size]) for size in (b, h, n, m)))
     if kind == "kv_lens" or (kind in ("mix", "relpos") and pick.random() < 0.5):
-        extra["kv_lens"] = torch.tensor([pick.randint(0, m) for _ in range(b)], device="cuda")
+        extra["kv_lens"] = torch.tensor([pick.randint(0, m) for _ in range(b)], device=DEVICE)
     if pick.random() < 0.4:
         extra["right"] = pick.choice([0, 0, 5, 70])
     if pick.random() < 0.25:
         extra["left"] = pick.choice([0, 8, 100])
     if kind != "packed" and pick.random() < 0.15:
-        extra |= {"dropout": 0.3, "rng": torch.tensor([seed * 7**20, 5], device="cuda")}
+        extra |= {"dropout": 0.3, "rng": torch.tensor([seed * 7**20, 5], device=DEVICE)}
     q, k, v = normal(dtype, b, h, n, d), normal(dtype, b, hk, m, d), normal(dtype, b, hk, m, dv)
     if pick.random() < 0.4:  # heads last, as models have it
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
@@ -143,11 +144,11 @@ def draw(seed: int, dtype: torch.dtype) -> tuple[Problem, torch.Tensor]:
 
 def cumulative(lengths):
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    return torch.tensor(ends, dtype=torch.int32, device="cuda")
+    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
 
 
 def normal(dtype, *shape):
-    return torch.randn(shape, device="cuda").to(dtype)
+    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 @pytest.mark.parametrize("seed", range(120))
@@ -160,9 +161,10 @@ def test_random_calls(seed):
     for name, value in found.items():
         assert torch.equal(value, again[name]), f"{name} differs from run to run"
     if problem.packed or problem.dropout:
-        rough = {torch.float32: 2e-5, torch.float16: 1.5e-2, torch.bfloat16: 1e-1}[dtype]
+        rough = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
         for key, value in errors(found, wanted).items():
-            assert value <= rough, (key, value)
+            size = wanted[key].abs().max().item() if wanted[key].numel() else 0.0
+            assert value <= rough * max(1.0, size), (key, value, size)
         return
     check(found, wanted, torch_math(problem, dout), dtype)
 
@@ -176,9 +178,9 @@ def test_decode(kind, splits, dtype):
     b, h, hk, n, m, d = 3, 8, 2, 4, 1000, 80
     extra: dict = {}
     if kind == "kv_lens":
-        extra = {"kv_lens": torch.tensor([0, 1000, 333], device="cuda"), "right": 0}
+        extra = {"kv_lens": torch.tensor([0, 1000, 333], device=DEVICE), "right": 0}
     if kind == "mask":
-        extra = {"mask": torch.rand(b, 1, 1, m, device="cuda") < 0.5}
+        extra = {"mask": torch.rand(b, 1, 1, m, device=DEVICE) < 0.5}
     if kind == "bias":
         extra = {"bias": normal(dtype, 1, h, n, m)}
     if kind == "window":

@@ -1,14 +1,25 @@
-"""Start the kernels: allocate, choose tiles, lay out the arguments."""
+"""Start the forward kernel: allocate, choose tiles, lay out the arguments."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from polyzoo.attention.kernels.mask_tiles import mask_tiles, packed_schedule
+from polyzoo.attention.kernels.mask_tiles import MaskTiles, mask_tiles, packed_schedule
 from polyzoo.attention.kernels.problem import Problem, alignment, heads_last, strides
+from polyzoo.attention.kernels.starts import Start, prepared
 from polyzoo.attention.kernels.triton_forward import forward_kernel
 from polyzoo.attention.kernels.tuning import TileConfig, choose_config
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    start: Start
+    block_m: int
+    block_n: int
+    tma: bool
 
 
 def forward(problem: Problem, *, config: TileConfig | None = None) -> tuple[Tensor, Tensor]:
@@ -27,25 +38,13 @@ def forward(problem: Problem, *, config: TileConfig | None = None) -> tuple[Tens
         return out, lse
     if problem.keys == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    config = config or choose_config("forward", problem)
-    block_n = tile_keys(problem, config)
-    schedule, slots, grid = query_grid(problem, config.block_m)
-    main = [strides(t, 3) for t in (problem.q, problem.k, problem.v, out)]
-    align = alignment(main)
-    index, counts, steps = None, None, (0, 0, 0)
-    if problem.mask is not None and not problem.width:
-        tiles = mask_tiles(
-            problem.mask,
-            n=problem.queries,
-            m=problem.keys,
-            block_m=config.block_m,
-            block_n=block_n,
-        )
-        index, counts, steps = tiles.index, tiles.counts, tiles.steps
-    tma = config.tma and align == 8 and _descriptors_fit(problem)
-    rough = problem.keys % block_n != 0 and not problem.width
-    with device_of(problem.q):
-        forward_kernel[(grid,)](
+    aligned = (problem.k.data_ptr() | problem.v.data_ptr()) % 16 == 0
+    plan = prepared(
+        ("forward", problem.signature, config, aligned), lambda: _plan(problem, out, config)
+    )
+    lists = tile_lists(problem, plan.block_m, plan.block_n)
+    with torch.cuda.device_of(problem.q):
+        plan.start(
             problem.q,
             problem.k,
             problem.v,
@@ -55,55 +54,107 @@ def forward(problem: Problem, *, config: TileConfig | None = None) -> tuple[Tens
             as_bytes(problem.mask),
             problem.rel_h,
             problem.rel_w,
-            index,
-            counts,
+            None if lists is None else lists.index,
+            None if lists is None else lists.counts,
             problem.kv_lens,
             problem.cu_q,
             problem.cu_k,
-            schedule,
+            schedule(problem.cu_q, problem.queries, plan.block_m),
             problem.rng,
-            *(_descriptors(problem, block_n) if tma else (None,) * 4),
+            *(_descriptors(problem, plan.block_n) if plan.tma else (None,) * 4),
+        )
+    return out, lse
+
+
+def _plan(problem: Problem, out: Tensor, config: TileConfig | None) -> _Plan:
+    config = config or choose_config("forward", problem)
+    block_n = max(config.block_n, problem.key_block)
+    main = [strides(t, 3) for t in (problem.q, problem.k, problem.v, out)]
+    align = alignment(main)
+    tma = config.tma and align == 8 and _descriptors_fit(problem)
+    rough = problem.keys % block_n != 0 and not problem.width
+    slots, programs = query_programs(problem, config.block_m)
+    start = Start(
+        forward_kernel,
+        (programs, 1, 1),
+        (
             *(stride // align for group in main for stride in group),
             problem.queries,
-            *strides(problem.bias, 4),
-            *strides(problem.mask, 4),
-            *strides(problem.rel_h, 3),
-            *strides(problem.rel_w, 3),
-            *steps,
+            *mask_strides(problem),
+            *list_steps(problem, config.block_m, by_key=False),
             problem.heads,
             problem.queries,
             problem.keys,
-            0 if problem.rel_h is None else problem.rel_h.shape[-1],
+            problem.grid_rows,
             slots,
             *problem.window,
             problem.threshold,
             problem.kernel_scale,
             1.0 / (1.0 - problem.dropout),
-            ALIGN=align,
-            BM=config.block_m,
-            BN=block_n,
-            EDGES=problem.edges or rough,
-            RAW=problem.raw,
-            TMA=tma,
-            num_warps=config.warps,
-            num_stages=config.stages,
+        ),
+        {
             **problem.constants,
-        )
-    return out, lse
+            "ALIGN": align,
+            "BM": config.block_m,
+            "BN": block_n,
+            "EDGES": problem.edges or rough,
+            "RAW": problem.raw,
+            "TMA": tma,
+        },
+        {"num_warps": config.warps, "num_stages": config.stages},
+    )
+    return _Plan(start, config.block_m, block_n, tma)
 
 
-def tile_keys(problem: Problem, config: TileConfig) -> int:
-    """Keys per tile: a whole number of padded grid rows under a relative position."""
-    return max(config.block_n, int(str(problem.constants["KWP"])))
-
-
-def query_grid(problem: Problem, block: int) -> tuple[Tensor | None, int, int]:
-    """Schedule of a packed call, its slots, and the number of programs over query tiles."""
+def query_programs(problem: Problem, block: int) -> tuple[int, int]:
+    """Slots of a packed call's schedule, and the number of programs over query tiles."""
     if problem.cu_q is None:
-        tiles = -(-problem.queries // block)
-        return None, 0, tiles * problem.heads * problem.batch
-    schedule = packed_schedule(problem.cu_q, total=problem.queries, block=block)
-    return schedule, schedule.shape[0], schedule.shape[0] * problem.heads
+        return 0, -(-problem.queries // block) * problem.heads * problem.batch
+    slots = problem.queries // block + problem.cu_q.shape[0] - 1
+    return slots, slots * problem.heads
+
+
+def schedule(cu: Tensor | None, total: int, block: int) -> Tensor | None:
+    """Sequence and tile of every program of a packed call."""
+    return None if cu is None else packed_schedule(cu, total=total, block=block)
+
+
+def tile_lists(
+    problem: Problem, block_m: int, block_n: int, *, by_key: bool = False
+) -> MaskTiles | None:
+    """Tiles that a dense mask leaves; a relative position walks the whole grid instead."""
+    if problem.mask is None or problem.width:
+        return None
+    return mask_tiles(
+        problem.mask,
+        n=problem.queries,
+        m=problem.keys,
+        block_m=block_m,
+        block_n=block_n,
+        by_key=by_key,
+    )
+
+
+def list_steps(problem: Problem, block: int, *, by_key: bool) -> tuple[int, int, int]:
+    """Rows of the tile lists to skip per batch item, head and tile; 0 where the mask is broadcast.
+
+    `block` is the tile size along the axis that has a list per tile.
+    """
+    if problem.mask is None or problem.width:
+        return 0, 0, 0
+    b, h, n, _ = problem.mask.shape
+    rows = -(-problem.keys // block) if by_key else (1 if n == 1 else -(-n // block))
+    return (h * rows if b > 1 else 0, rows if h > 1 else 0, 1 if rows > 1 else 0)
+
+
+def mask_strides(problem: Problem) -> list[int]:
+    """Strides of bias, mask and relative position, 0 along broadcast axes."""
+    return [
+        *strides(problem.bias, 4),
+        *strides(problem.mask, 4),
+        *strides(problem.rel_h, 3),
+        *strides(problem.rel_w, 3),
+    ]
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:
@@ -111,17 +162,14 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
-def device_of(tensor: Tensor) -> torch.cuda.device_of:
-    """Make the tensor's GPU the current one, as Triton launches on that."""
-    return torch.cuda.device_of(tensor)
-
-
 def _descriptors_fit(problem: Problem) -> bool:
     """Whether keys and values can be read by the bulk copy engine of sm_90."""
     return (
         problem.q.dtype != torch.float32
         and not problem.width
-        and all(t.data_ptr() % 16 == 0 and min(t.shape) > 0 for t in (problem.k, problem.v))
+        and problem.q.is_cuda
+        and torch.cuda.get_device_capability(problem.q.device) >= (9, 0)
+        and all(t.data_ptr() % 16 == 0 for t in (problem.k, problem.v))
     )
 
 
@@ -129,10 +177,10 @@ def _descriptors(problem: Problem, block_n: int) -> tuple[object, ...]:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     made: list[object] = []
-    for name, tensor in (("D", problem.k), ("DV", problem.v)):
+    for tensor, parts in ((problem.k, ("D0", "D1")), (problem.v, ("DV0", "DV1"))):
         steps = [max(stride, 8) for stride in strides(tensor, 3)] + [1]
-        for part in (f"{name}0", f"{name}1"):
-            columns = int(str(problem.constants[part]))
+        for part in parts:
+            columns = problem.constants[part]
             block = [1, 1, block_n, columns]
             made.append(
                 TensorDescriptor(tensor, list(tensor.shape), steps, block) if columns else None

@@ -7,16 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyzoo.attention.kernels.launch import as_bytes, device_of, query_grid, tile_keys
-from polyzoo.attention.kernels.mask_tiles import MaskTiles, mask_tiles, packed_schedule
+from polyzoo.attention.kernels.launch import (
+    as_bytes,
+    list_steps,
+    mask_strides,
+    query_programs,
+    schedule,
+    tile_lists,
+)
 from polyzoo.attention.kernels.problem import Problem, alignment, heads_last, strides
-from polyzoo.attention.kernels.tiles import head_blocks
+from polyzoo.attention.kernels.starts import Start, prepared
 from polyzoo.attention.kernels.triton_backward import backward_bias_kernel, delta_kernel
 from polyzoo.attention.kernels.triton_backward_kv import backward_kv_kernel
 from polyzoo.attention.kernels.triton_backward_q import backward_q_kernel
 from polyzoo.attention.kernels.tuning import TileConfig, choose_config, processors
 
 _MAX_PARTS = 16
+_DELTA_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,6 +47,14 @@ class Wanted:
     bias: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    start: Start
+    block_m: int
+    block_n: int
+    parts: int = 1
+
+
 def backward(
     problem: Problem,
     out: Tensor,
@@ -50,6 +65,7 @@ def backward(
     config_q: TileConfig | None = None,
     config_kv: TileConfig | None = None,
     parts: int | None = None,
+    careful: bool = True,
 ) -> Gradients:
     """Gradients of `sum(out * dout)`; the same bits in every run.
 
@@ -63,24 +79,26 @@ def backward(
         config_kv: Tile sizes of the pass over key tiles; looked up if left out.
         parts: Slices of the queries in the pass over key tiles; by the number of programs if left
             out.
+        careful: Keep the gradient of the scores at twice the bits of the inputs, so that half
+            precision gradients err by little more than their own rounding. One more product in
+            each pass.
     """
     wanted = wanted or Wanted()
     if dout.stride(-1) != 1 or 0 in dout.stride()[:-1]:
         dout = heads_last(dout, dout.shape[-1]).copy_(dout)
     if problem.queries * problem.keys * problem.batch * problem.heads == 0:
         return _zeros(problem, wanted)
-    delta = _row_sums(out, dout)
+    careful = careful and problem.q.dtype != torch.float32
     dq = dk = dv = dbias = drel_h = drel_w = None
-    with device_of(problem.q):
+    with torch.cuda.device_of(problem.q):
+        delta = _row_sums(problem, out, dout)
+        statistics = (dout, lse, delta)
         if wanted.kv:
-            config = config_kv or choose_config("backward_kv", problem)
-            dk, dv = _keys_and_values(problem, lse, delta, dout, config, parts)
+            dk, dv = _keys_and_values(problem, statistics, config_kv, parts, careful)
         if wanted.q:
-            config = config_q or choose_config("backward_q", problem)
-            dq, drel_h, drel_w = _queries(problem, lse, delta, dout, config)
+            dq, drel_h, drel_w = _queries(problem, statistics, config_q, careful)
         if wanted.bias and problem.bias is not None:
-            config = choose_config("backward_bias", problem)
-            dbias = _bias(problem, lse, delta, dout, config)
+            dbias = _bias(problem, problem.bias, statistics)
     return Gradients(q=dq, k=dk, v=dv, bias=dbias, rel_h=drel_h, rel_w=drel_w)
 
 
@@ -98,28 +116,27 @@ def _zeros(problem: Problem, wanted: Wanted) -> Gradients:
     )
 
 
-def _row_sums(out: Tensor, dout: Tensor) -> Tensor:
-    b, h, n, dv = out.shape
+def _row_sums(problem: Problem, out: Tensor, dout: Tensor) -> Tensor:
+    b, h, n, _ = out.shape
     delta = torch.empty((b, h, n), dtype=torch.float32, device=out.device)
-    block = 64
-    main = [strides(out, 3), strides(dout, 3)]
-    align = alignment(main)
-    dv0, dv1 = head_blocks(dv)
-    with device_of(out):
-        delta_kernel[(-(-n // block) * b * h,)](
-            out,
-            dout,
-            delta,
-            *(stride // align for group in main for stride in group),
-            h,
-            n,
-            ALIGN=align,
-            DV=dv,
-            DV0=dv0,
-            DV1=dv1,
-            BM=block,
-            num_warps=4,
+
+    def build() -> Start:
+        main = [strides(out, 3), strides(dout, 3)]
+        align = alignment(main)
+        return Start(
+            delta_kernel,
+            (-(-n // _DELTA_ROWS) * b * h, 1, 1),
+            (*(stride // align for group in main for stride in group), h, n),
+            {
+                "ALIGN": align,
+                **{name: problem.constants[name] for name in ("DV", "DV0", "DV1")},
+                "BM": _DELTA_ROWS,
+            },
+            {"num_warps": 4},
         )
+
+    shapes = (out.dtype, out.shape, out.stride(), dout.stride(), out.device)
+    prepared(("delta", shapes), build)(out, dout, delta)
     return delta
 
 
@@ -129,229 +146,242 @@ def _inputs(problem: Problem, dout: Tensor) -> tuple[list[int], int]:
     return [stride // align for group in main for stride in group], align
 
 
-def _mask_strides(problem: Problem) -> list[int]:
+def _tensors(problem: Problem, statistics: tuple[Tensor, ...], made: tuple[object, ...]) -> list:
     return [
-        *strides(problem.bias, 4),
-        *strides(problem.mask, 4),
-        *strides(problem.rel_h, 3),
-        *strides(problem.rel_w, 3),
+        problem.q,
+        problem.k,
+        problem.v,
+        *statistics,
+        *made,
+        problem.bias,
+        as_bytes(problem.mask),
+        problem.rel_h,
+        problem.rel_w,
     ]
-
-
-def _grid_rows(problem: Problem) -> int:
-    return 0 if problem.rel_h is None else problem.rel_h.shape[-1]
-
-
-def _lists(problem: Problem, block_m: int, block_n: int, *, by_key: bool) -> MaskTiles | None:
-    if problem.mask is None or problem.width:
-        return None
-    return mask_tiles(
-        problem.mask,
-        n=problem.queries,
-        m=problem.keys,
-        block_m=block_m,
-        block_n=block_n,
-        by_key=by_key,
-    )
 
 
 def _keys_and_values(
     problem: Problem,
-    lse: Tensor,
-    delta: Tensor,
-    dout: Tensor,
-    config: TileConfig,
+    statistics: tuple[Tensor, ...],
+    config: TileConfig | None,
     parts: int | None,
+    careful: bool,
 ) -> tuple[Tensor, Tensor]:
-    block_n = tile_keys(problem, config)
-    b, heads, m, _ = problem.k.shape
-    schedule, slots = None, 0
+    dout = statistics[0]
+    plan = prepared(
+        ("backward_kv", problem.signature, dout.stride(), config, parts, careful),
+        lambda: _plan_kv(problem, dout, config, parts, careful),
+    )
+    if plan.parts > 1:
+        dk, dv = (
+            torch.empty((plan.parts, *t.shape), dtype=torch.float32, device=t.device)
+            for t in (problem.k, problem.v)
+        )
+    else:
+        dk, dv = (heads_last(t, t.shape[-1]) for t in (problem.k, problem.v))
+    lists = tile_lists(problem, plan.block_m, plan.block_n, by_key=True)
+    plan.start(
+        *_tensors(problem, statistics, (dk, dv)),
+        None if lists is None else lists.index,
+        None if lists is None else lists.counts,
+        problem.kv_lens,
+        problem.cu_q,
+        problem.cu_k,
+        schedule(problem.cu_k, problem.keys, plan.block_n),
+        problem.rng,
+    )
+    if plan.parts > 1:
+        dk, dv = dk.sum(0).to(problem.k.dtype), dv.sum(0).to(problem.v.dtype)
+    return dk, dv
+
+
+def _plan_kv(
+    problem: Problem, dout: Tensor, config: TileConfig | None, parts: int | None, careful: bool
+) -> _Plan:
+    config = config or choose_config("backward_kv", problem)
+    block_n = max(config.block_n, problem.key_block)
+    b, heads, m, d = problem.k.shape
+    dv = problem.v.shape[-1]
+    slots = 0
     if problem.cu_k is not None:
-        schedule = packed_schedule(problem.cu_k, total=m, block=block_n)
-        slots = schedule.shape[0]
+        slots = m // block_n + problem.cu_k.shape[0] - 1
         programs = slots * heads
     elif problem.width:
-        span = block_n // int(str(problem.constants["KWP"]))
-        programs = -(-_grid_rows(problem) // span) * heads * b
+        programs = -(-problem.grid_rows // (block_n // problem.key_block)) * heads * b
     else:
         programs = -(-m // block_n) * heads * b
     if parts is None:
         query_tiles = -(-problem.longest[0] // config.block_m)
         enough = 2 * processors(problem.q.device)
         parts = max(1, min(_MAX_PARTS, query_tiles, enough // programs))
+    # Strides of the results in units of 8 elements, as allocated by `_keys_and_values`.
     if parts > 1:
-        dk, dv = (
-            torch.empty((parts, *t.shape), dtype=torch.float32, device=t.device)
-            for t in (problem.k, problem.v)
-        )
-        dk_strides, dv_strides = list(dk.stride()[1:4]), list(dv.stride()[1:4])
-        steps = [dk.stride(0), dv.stride(0)]
+        places = [(size * heads * m // 8, size * m // 8, size // 8) for size in (d, dv)]
+        steps = [b * heads * m * size // 8 for size in (d, dv)]
     else:
-        dk = heads_last(problem.k, problem.k.shape[-1])
-        dv = heads_last(problem.k, problem.v.shape[-1])
-        dk_strides, dv_strides = list(dk.stride()[:3]), list(dv.stride()[:3])
+        places = [(size * heads * m // 8, size // 8, size * heads // 8) for size in (d, dv)]
         steps = [0, 0]
-    lists = _lists(problem, config.block_m, block_n, by_key=True)
     main, align = _inputs(problem, dout)
-    backward_kv_kernel[(programs, parts)](
-        problem.q,
-        problem.k,
-        problem.v,
-        dout,
-        lse,
-        delta,
-        dk,
-        dv,
-        problem.bias,
-        as_bytes(problem.mask),
-        problem.rel_h,
-        problem.rel_w,
-        None if lists is None else lists.index,
-        None if lists is None else lists.counts,
-        problem.kv_lens,
-        problem.cu_q,
-        problem.cu_k,
-        schedule,
-        problem.rng,
-        *main,
-        *(stride // 8 for stride in dk_strides),
-        *(stride // 8 for stride in dv_strides),
-        problem.queries,
-        *_mask_strides(problem),
-        *((0, 0, 0) if lists is None else lists.steps),
-        heads,
-        problem.queries,
-        m,
-        _grid_rows(problem),
-        slots,
-        *problem.window,
-        problem.threshold,
-        parts,
-        *(step // 8 for step in steps),
-        problem.kernel_scale,
-        1.0 / (1.0 - problem.dropout),
-        problem.scale,
-        ALIGN=align,
-        BM=config.block_m,
-        BN=block_n,
-        EDGES=problem.edges or problem.queries % config.block_m != 0,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **problem.constants,
+    start = Start(
+        backward_kv_kernel,
+        (programs, parts, 1),
+        (
+            *main,
+            *places[0],
+            *places[1],
+            problem.queries,
+            *mask_strides(problem),
+            *list_steps(problem, block_n, by_key=True),
+            heads,
+            problem.queries,
+            m,
+            problem.grid_rows,
+            slots,
+            *problem.window,
+            problem.threshold,
+            parts,
+            *steps,
+            problem.kernel_scale,
+            1.0 / (1.0 - problem.dropout),
+            problem.scale,
+        ),
+        {
+            **problem.constants,
+            "ALIGN": align,
+            "BM": config.block_m,
+            "BN": block_n,
+            "EDGES": problem.edges or problem.queries % config.block_m != 0,
+            "CAREFUL": careful,
+        },
+        {"num_warps": config.warps, "num_stages": config.stages},
     )
-    if parts > 1:
-        dk, dv = dk.sum(0).to(problem.k.dtype), dv.sum(0).to(problem.v.dtype)
-    return dk, dv
+    return _Plan(start, config.block_m, block_n, parts)
 
 
 def _queries(
-    problem: Problem, lse: Tensor, delta: Tensor, dout: Tensor, config: TileConfig
+    problem: Problem, statistics: tuple[Tensor, ...], config: TileConfig | None, careful: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    block_n = tile_keys(problem, config)
+    dout = statistics[0]
+    plan = prepared(
+        ("backward_q", problem.signature, dout.stride(), config, careful),
+        lambda: _plan_q(problem, dout, config, careful),
+    )
     dq = heads_last(problem.q, problem.q.shape[-1])
     drel_h = drel_w = None
     if problem.rel_h is not None and problem.rel_w is not None:
         # Rows of the grid that no query of a tile sees are never written.
         drel_h = torch.zeros_like(problem.rel_h, memory_format=torch.contiguous_format)
         drel_w = torch.empty_like(problem.rel_w, memory_format=torch.contiguous_format)
-    schedule, slots, grid = query_grid(problem, config.block_m)
-    lists = _lists(problem, config.block_m, block_n, by_key=False)
-    main, align = _inputs(problem, dout)
-    rough = problem.keys % block_n != 0 and not problem.width
-    backward_q_kernel[(grid,)](
-        problem.q,
-        problem.k,
-        problem.v,
-        dout,
-        lse,
-        delta,
-        dq,
-        drel_h,
-        drel_w,
-        problem.bias,
-        as_bytes(problem.mask),
-        problem.rel_h,
-        problem.rel_w,
+    lists = tile_lists(problem, plan.block_m, plan.block_n)
+    plan.start(
+        *_tensors(problem, statistics, (dq, drel_h, drel_w)),
         None if lists is None else lists.index,
         None if lists is None else lists.counts,
         problem.kv_lens,
         problem.cu_q,
         problem.cu_k,
-        schedule,
+        schedule(problem.cu_q, problem.queries, plan.block_m),
         problem.rng,
-        *main,
-        *(stride // 8 for stride in dq.stride()[:3]),
-        problem.queries,
-        *_mask_strides(problem),
-        *((0, 0, 0) if lists is None else lists.steps),
-        problem.heads,
-        problem.queries,
-        problem.keys,
-        _grid_rows(problem),
-        slots,
-        *problem.window,
-        problem.threshold,
-        problem.kernel_scale,
-        1.0 / (1.0 - problem.dropout),
-        problem.scale,
-        ALIGN=align,
-        BM=config.block_m,
-        BN=block_n,
-        EDGES=problem.edges or rough,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **problem.constants,
     )
     return dq, drel_h, drel_w
 
 
-def _bias(
-    problem: Problem, lse: Tensor, delta: Tensor, dout: Tensor, config: TileConfig
-) -> Tensor:
-    bias = problem.bias
-    if bias is None:
-        raise AssertionError("asked for the gradient of a bias that is not there")
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
-    b, h, rows, columns = bias.shape
-    sum_n, sum_m = rows == 1, columns == 1
-    tiles = (1 if sum_n else -(-rows // config.block_m)) * (
-        1 if sum_m else -(-columns // config.block_n)
-    )
+def _plan_q(problem: Problem, dout: Tensor, config: TileConfig | None, careful: bool) -> _Plan:
+    config = config or choose_config("backward_q", problem)
+    block_n = max(config.block_n, problem.key_block)
+    slots, programs = query_programs(problem, config.block_m)
     main, align = _inputs(problem, dout)
-    backward_bias_kernel[(tiles * b * h,)](
+    rough = problem.keys % block_n != 0 and not problem.width
+    _, h, n, d = problem.q.shape
+    start = Start(
+        backward_q_kernel,
+        (programs, 1, 1),
+        (
+            *main,
+            *(n * h * d // 8, d // 8, h * d // 8),
+            n,
+            *mask_strides(problem),
+            *list_steps(problem, config.block_m, by_key=False),
+            h,
+            n,
+            problem.keys,
+            problem.grid_rows,
+            slots,
+            *problem.window,
+            problem.threshold,
+            problem.kernel_scale,
+            1.0 / (1.0 - problem.dropout),
+            problem.scale,
+        ),
+        {
+            **problem.constants,
+            "ALIGN": align,
+            "BM": config.block_m,
+            "BN": block_n,
+            "EDGES": problem.edges or rough,
+            "CAREFUL": careful,
+        },
+        {"num_warps": config.warps, "num_stages": config.stages},
+    )
+    return _Plan(start, config.block_m, block_n)
+
+
+def _bias(problem: Problem, bias: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
+    if bias.shape[-1] == 1 < problem.keys:
+        # The same for every key: softmax does not see it.
+        return torch.zeros_like(bias)
+    dout = statistics[0]
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+    start = prepared(
+        ("backward_bias", problem.signature, dout.stride()),
+        lambda: _plan_bias(problem, bias, dout),
+    )
+    start(
         problem.q,
         problem.k,
         problem.v,
-        dout,
-        lse,
-        delta,
+        *statistics,
         dbias,
         bias,
         as_bytes(problem.mask),
         problem.kv_lens,
         problem.rng,
-        *main,
-        *strides(bias, 4),
-        *strides(problem.mask, 4),
-        problem.batch,
-        problem.heads,
-        problem.queries,
-        problem.keys,
-        b,
-        h,
-        rows,
-        columns,
-        *problem.window,
-        problem.threshold,
-        problem.scale,
-        1.0 / (1.0 - problem.dropout),
-        ALIGN=align,
-        BM=config.block_m,
-        BN=config.block_n,
-        SUM_N=sum_n,
-        SUM_M=sum_m,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **problem.constants,
     )
     return dbias
+
+
+def _plan_bias(problem: Problem, bias: Tensor, dout: Tensor) -> Start:
+    config = choose_config("backward_bias", problem)
+    b, h, rows, columns = bias.shape
+    sum_n = rows == 1 < problem.queries
+    row_tiles = 1 if sum_n else -(-rows // config.block_m)
+    main, align = _inputs(problem, dout)
+    return Start(
+        backward_bias_kernel,
+        (row_tiles * -(-columns // config.block_n) * b * h, 1, 1),
+        (
+            *main,
+            *strides(bias, 4),
+            *strides(problem.mask, 4),
+            problem.batch,
+            problem.heads,
+            problem.queries,
+            problem.keys,
+            b,
+            h,
+            rows,
+            columns,
+            *problem.window,
+            problem.threshold,
+            problem.scale,
+            1.0 / (1.0 - problem.dropout),
+        ),
+        {
+            **problem.constants,
+            "ALIGN": align,
+            "BM": config.block_m,
+            "BN": config.block_n,
+            "SUM_N": sum_n,
+        },
+        {"num_warps": config.warps, "num_stages": config.stages},
+    )

@@ -30,12 +30,6 @@ class MaskTiles:
     counts: Tensor
     """int32 `(mask b, mask h, rows, 2)`: how many are full and how many partial."""
 
-    @property
-    def steps(self) -> tuple[int, int, int]:
-        """Rows to skip per batch item, head and tile; 0 where the mask is broadcast."""
-        b, h, rows, _ = self.counts.shape
-        return (h * rows if b > 1 else 0, rows if h > 1 else 0, 1 if rows > 1 else 0)
-
 
 @triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "s_m", "heads", "n", "m"])
 def _classify_kernel(

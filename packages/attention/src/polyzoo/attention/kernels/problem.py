@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,13 +83,46 @@ class Problem:
         return 0 if self.rel_w is None else self.rel_w.shape[-1]
 
     @cached_property
-    def constants(self) -> dict[str, object]:
+    def signature(self) -> tuple[object, ...]:
+        """Everything but the contents of the tensors: calls with equal ones start alike."""
+        return (
+            self.q.device,
+            *(
+                None if t is None else (t.dtype, t.shape, t.stride())
+                for t in (
+                    self.q,
+                    self.k,
+                    self.v,
+                    self.kv_lens,
+                    self.cu_q,
+                    self.cu_k,
+                    self.mask,
+                    self.bias,
+                    self.rel_h,
+                    self.rel_w,
+                )
+            ),
+            self.scale,
+            self.left,
+            self.right,
+            self.max_q,
+            self.max_k,
+            self.dropout,
+            self.exact_products,
+        )
+
+    @property
+    def exact_products(self) -> bool:
+        """Whether fp32 products keep all bits; TF32 only if torch was told to use it."""
+        return self.q.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
         """Compile-time constants that every kernel takes."""
         d, dv = self.q.shape[-1], self.v.shape[-1]
         d0, d1 = head_blocks(d)
         dv0, dv1 = head_blocks(dv)
         width = self.width
-        exact = self.q.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
         return {
             "GROUP": self.group,
             "D": d,
@@ -104,9 +138,9 @@ class Problem:
             "HAS_MASK": self.mask is not None,
             "HAS_BIAS": self.bias is not None,
             "KW": width,
-            "KWP": 1 << (width - 1).bit_length() if width else 1,
+            "KWP": self.key_block,
             "DROPOUT": self.dropout > 0.0,
-            "PRECISION": "ieee" if exact else "tf32",
+            "PRECISION": "ieee" if self.exact_products else "tf32",
         }
 
     @property
@@ -124,6 +158,16 @@ class Problem:
             or self.packed
             or self.mask is not None
         )
+
+    @property
+    def key_block(self) -> int:
+        """Least number of keys per tile: a whole padded grid row under a relative position."""
+        return 1 << (self.width - 1).bit_length() if self.width else 1
+
+    @property
+    def grid_rows(self) -> int:
+        """Rows of the key grid of a relative position, or 0."""
+        return 0 if self.rel_h is None else self.rel_h.shape[-1]
 
     @property
     def kernel_scale(self) -> float:

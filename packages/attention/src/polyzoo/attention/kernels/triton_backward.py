@@ -58,14 +58,15 @@ def backward_bias_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SUM_N: tl.constexpr, SUM_M: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SUM_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of the bias, summed in fixed order over the axes it is broadcast on.
 
-    SUM_N and SUM_M say that the bias has one row or one column for all queries or keys.
+    SUM_N says that the bias has one row for all queries. One column for all keys never gets here:
+    softmax does not see it, so its gradient is zero.
     """
     row_tiles = 1 if SUM_N else tl.cdiv(n, BM)
-    column_tiles = 1 if SUM_M else tl.cdiv(m, BN)
+    column_tiles = tl.cdiv(m, BN)
     pid = tl.program_id(0)
     column_tile = pid % column_tiles
     row_tile = pid // column_tiles % row_tiles
@@ -77,17 +78,16 @@ def backward_bias_kernel(
     v_n *= ALIGN
     do_n *= ALIGN
     row_steps = tl.cdiv(n, BM) if SUM_N else 1
-    column_steps = tl.cdiv(m, BN) if SUM_M else 1
     head_steps = heads // heads_out
     batch_steps = batch // batch_out
     local_m = tl.arange(0, BM)
     local_n = tl.arange(0, BN)
     total = tl.zeros([BM, BN], tl.float32)
-    for step in tl.range(0, batch_steps * head_steps * row_steps * column_steps):
-        b = out_batch + step // (head_steps * row_steps * column_steps)
-        h = out_head + step // (row_steps * column_steps) % head_steps
-        row = (row_tile + step // column_steps % row_steps) * BM
-        column = (column_tile + step % column_steps) * BN
+    for step in tl.range(0, batch_steps * head_steps * row_steps):
+        b = out_batch + step // (head_steps * row_steps)
+        h = out_head + step // row_steps % head_steps
+        row = (row_tile + step % row_steps) * BM
+        column = column_tile * BN
         place = tl.cast(b, tl.int64)
         head_at = tl.cast(h, tl.int64)
         key_at = tl.cast(h // GROUP, tl.int64)
@@ -141,12 +141,8 @@ def backward_bias_kernel(
     out = DBias + tl.cast(outer, tl.int64) * rows_out * columns_out
     i = row_tile * BM + local_m
     j = column_tile * BN + local_n
-    if SUM_N and SUM_M:
-        tl.store(out, tl.sum(tl.sum(total, 1), 0).to(DBias.dtype.element_ty))
-    elif SUM_N:
+    if SUM_N:
         tl.store(out + j, tl.sum(total, 0).to(DBias.dtype.element_ty), mask=j < m)
-    elif SUM_M:
-        tl.store(out + i, tl.sum(total, 1).to(DBias.dtype.element_ty), mask=i < n)
     else:
         at = i.to(tl.int64)[:, None] * columns_out + j[None, :]
         mask = (i < n)[:, None] & (j < m)[None, :]

@@ -33,9 +33,13 @@ def _query_step(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what one query tile gives to the gradients of the keys and values."""
+    """Add what one query tile gives to the gradients of the keys and values.
+
+    CAREFUL multiplies the gradient of the scores as the sum of two halves, so that its rounding
+    does not show in the result.
+    """
     row = tile * BM
     local = tl.arange(0, BM)
     i = row + local
@@ -97,10 +101,15 @@ def _query_step(
     ds = p * (dp - delta[None, :])
     if MASKED:
         ds = tl.where(keep, ds, 0.0)
-    ds = ds.to(Q.dtype.element_ty)
-    dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+    high = ds.to(Q.dtype.element_ty)
+    dk0 = tl.dot(high, q0, dk0, input_precision=PRECISION)
     if D1 > 0:
-        dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+        dk1 = tl.dot(high, q1, dk1, input_precision=PRECISION)
+    if CAREFUL:
+        low = (ds - high.to(tl.float32)).to(Q.dtype.element_ty)
+        dk0 = tl.dot(low, q0, dk0, input_precision=PRECISION)
+        if D1 > 0:
+            dk1 = tl.dot(low, q1, dk1, input_precision=PRECISION)
     return dk0, dk1, dv0, dv1
 
 
@@ -129,7 +138,7 @@ def backward_kv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    DROPOUT: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one key tile; `heads` counts key heads here."""
     key_tiles = tl.cdiv(kh, BN // KWP) if KW > 0 else tl.cdiv(m, BN)
@@ -235,7 +244,7 @@ def backward_kv_kernel(
                 bias_base, bias_n, bias_m, mask_base, mask_n, mask_m,
                 rel_h_base, rel_w_base, rel_h_n, rel_w_n, Rng,
                 D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS,
-                KW, KWP, DROPOUT, PRECISION, False,
+                KW, KWP, DROPOUT, PRECISION, CAREFUL, False,
             )  # fmt: skip
         if EDGES:
             partial = edge_hi - edge_lo
@@ -257,7 +266,7 @@ def backward_kv_kernel(
                     bias_base, bias_n, bias_m, mask_base, mask_n, mask_m,
                     rel_h_base, rel_w_base, rel_h_n, rel_w_n, Rng,
                     D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS,
-                    KW, KWP, DROPOUT, PRECISION, True,
+                    KW, KWP, DROPOUT, PRECISION, CAREFUL, True,
                 )  # fmt: skip
 
     # Rows of keys past the sequence's length hold garbage: they get zero gradients.

@@ -27,9 +27,9 @@ def _key_step(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what one key tile gives to the gradients of the queries."""
+    """Add what one key tile gives to the gradients of the queries; CAREFUL as for the keys."""
     start = tile * BN
     local = tl.arange(0, BN)
     k_base = K
@@ -99,10 +99,15 @@ def _key_step(
                 tl.sum(tl.reshape(ds, [BM, SPAN, KWP]), 2).to(DRelH.dtype.element_ty),
                 mask=row_mask[:, None] & (y < kh)[None, :],
             )
-    ds = ds.to(K.dtype.element_ty)
-    dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+    high = ds.to(K.dtype.element_ty)
+    dq0 = tl.dot(high, k0, dq0, input_precision=PRECISION)
     if D1 > 0:
-        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        dq1 = tl.dot(high, k1, dq1, input_precision=PRECISION)
+    if CAREFUL:
+        low = (ds - high.to(tl.float32)).to(K.dtype.element_ty)
+        dq0 = tl.dot(low, k0, dq0, input_precision=PRECISION)
+        if D1 > 0:
+            dq1 = tl.dot(low, k1, dq1, input_precision=PRECISION)
     return dq0, dq1, dwidth
 
 
@@ -129,7 +134,7 @@ def backward_q_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    DROPOUT: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one query tile; DRelH and DRelW are contiguous `(b, h, n, kh or kw)`."""
     sequence, head, tile, q_start, k_start, n, length = locate(
@@ -203,7 +208,7 @@ def backward_q_kernel(
             n, m, length, left, right, begin, end, kh, sequence_head, scale, threshold,
             keep_scale, K, V, k_n, v_n, Bias, bias_n, bias_m, Mask, mask_n, mask_m,
             RelH, rel_h_n, DRelH, Rng, D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT,
-            HAS_MASK, HAS_BIAS, KW, KWP, DROPOUT, PRECISION, False,
+            HAS_MASK, HAS_BIAS, KW, KWP, DROPOUT, PRECISION, CAREFUL, False,
         )  # fmt: skip
     if EDGES:
         for t in tl.range(edge_lo, edge_hi):
@@ -213,7 +218,7 @@ def backward_q_kernel(
                 n, m, length, left, right, begin, end, kh, sequence_head, scale, threshold,
                 keep_scale, K, V, k_n, v_n, Bias, bias_n, bias_m, Mask, mask_n, mask_m,
                 RelH, rel_h_n, DRelH, Rng, D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT,
-                HAS_MASK, HAS_BIAS, KW, KWP, DROPOUT, PRECISION, True,
+                HAS_MASK, HAS_BIAS, KW, KWP, DROPOUT, PRECISION, CAREFUL, True,
             )  # fmt: skip
     store_block(DQ, local, dq_n * 8, dq0 * true_scale, row_mask, 0, D0, D)
     if D1 > 0:

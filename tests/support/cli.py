@@ -59,7 +59,9 @@ def child_environment() -> dict[str, str]:
     paths = [str(source) for source in SOURCES]
     extra = _entry_point_folder()
     inherited = os.environ.get("PYTHONPATH", "")
-    joined = os.pathsep.join([*paths, *([extra] if extra else []), *([inherited] if inherited else [])])
+    joined = os.pathsep.join(
+        [*paths, *([extra] if extra else []), *([inherited] if inherited else [])]
+    )
     return {**os.environ, "PYTHONPATH": joined, "COLUMNS": "100", "NO_COLOR": "1"}
 
 

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from polyzoo.core import console
@@ -46,7 +45,9 @@ class Command:
     def __post_init__(self) -> None:
         taken = {"json", "config", "quiet"} & {f.name for f in dataclasses.fields(self.config)}
         if taken:
-            raise ValueError(f"{self.config.__name__}.{min(taken)}: every command has that flag already")
+            raise ValueError(
+                f"{self.config.__name__}.{min(taken)}: every command has that flag already"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from polyzoo.core import plain_yaml
 from polyzoo.core.errors import ConfigError
 from polyzoo.core.io import atomic_write
 
-MAX_BYTES = 4 * 2**20
+MAX_BYTES = 2**20
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63
 
@@ -90,14 +90,16 @@ def overlay(cls: type, values: dict[str, Any], overrides: Mapping[str, Any], *, 
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a .json, .yaml or .yml file that holds one mapping, without checking it against a class."""
+    """Read a .json, .yaml or .yml file that holds one mapping; its fields are not checked yet."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} allowed")
+            raise ConfigError(f"{path}: more than the {MAX_BYTES:,} bytes allowed")
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise ConfigError(
+            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
@@ -121,7 +123,7 @@ def validate(kind: Any, value: Any, *, where: str, prefix: str = "") -> Any:
     """Check plain values against a type, strictly; `where` and `prefix` place the error."""
     _refuse_odd(value, where, prefix)
     try:
-        # Through JSON, because only there a strict check still takes lists as tuples and texts as paths.
+        # Through JSON: only there does a strict check take lists as tuples and texts as paths.
         text = pydantic_core.to_json(value, inf_nan_mode="constants")
         return _adapter(kind).validate_json(b"[" + text + b"]", strict=True)[0]
     except pydantic.ValidationError as error:
@@ -145,7 +147,7 @@ def _explain(kind: Any, problem: Any, prefix: str) -> str:
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{place}: a value is required"
     message = problem["msg"].removeprefix("Value error, ")
-    message = message.replace("Input should be", "must be").replace("valid ", "")
+    message = message.replace("Input should be", "must be")
     if problem["type"] == "value_error" and not steps:
         return f"{prefix}: {message}" if prefix else message
     return f"{place}={_shown(problem['input'])}: {message}"
@@ -164,7 +166,7 @@ def _shown(value: Any) -> str:
 
 
 def _refuse_odd(value: Any, where: str, place: str, depth: int = 0) -> None:
-    """Refuse what passes a parser but breaks what comes later: NUL, giant integers, deep nesting."""
+    """Refuse what a parser lets through and later code trips over: NUL, giant integers, depth."""
     if depth > MAX_DEPTH:
         raise ConfigError(f"{where}: {place}: nested too deeply; at most {MAX_DEPTH} levels")
     if isinstance(value, str) and "\0" in value:
@@ -217,7 +219,8 @@ def _is_yaml(path: Path) -> bool:
 @lru_cache(maxsize=256)
 def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
     # pydantic takes no configuration beside a dataclass, but hands it down to one inside a tuple.
-    return pydantic.TypeAdapter(tuple[kind], config=pydantic.ConfigDict(extra="forbid"))
+    inside: Any = tuple.__class_getitem__((kind,))
+    return pydantic.TypeAdapter(inside, config=pydantic.ConfigDict(extra="forbid"))
 
 
 @lru_cache(maxsize=256)

@@ -30,7 +30,7 @@ def root_help(groups: Mapping[str, str]) -> str:
             "",
             *_table("groups", groups or {"(none)": "no polyzoo package offers commands here"}),
             "",
-            "polyzoo GROUP --help lists a group's commands, polyzoo GROUP COMMAND --help its options.",
+            "polyzoo GROUP --help lists commands, polyzoo GROUP COMMAND --help explains one.",
             "polyzoo --version names every installed part.",
         )
     )
@@ -46,8 +46,8 @@ def group_help(name: str, summary: str, commands: Mapping[str, str]) -> str:
             "",
             *_table("commands", commands),
             "",
-            f"polyzoo {name} COMMAND --help explains one. Each takes --config FILE (JSON or YAML; flags",
-            "go over it), --json (one JSON document on stdout) and --quiet (no progress).",
+            f"polyzoo {name} COMMAND --help explains one. Each takes --config FILE (JSON or YAML;",
+            "flags go over it), --json (one JSON document on stdout) and --quiet (no progress).",
         )
     )
 
@@ -81,9 +81,7 @@ def as_lines(result: Any) -> str:
     if not isinstance(plain, dict):
         return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
     width = max((len(key) for key in plain), default=0)
-    return "\n".join(
-        f"{key + ':':<{width + 2}}{_short(value)}" for key, value in plain.items()
-    )
+    return "\n".join(f"{key + ':':<{width + 2}}{_short(value)}" for key, value in plain.items())
 
 
 def error_text(error: BaseException, status: int, *, as_json: bool) -> str:
@@ -133,8 +131,9 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, PurePath):
         return str(value)
-    if hasattr(value, "tolist"):  # NumPy scalars and arrays, torch tensors
-        return _plain(value.tolist())
+    listed = getattr(value, "tolist", None)  # NumPy scalars and arrays, torch tensors
+    if callable(listed):
+        return _plain(listed())
     raise TypeError(f"a command's result holds {type(value).__name__}, which JSON cannot")
 
 

@@ -37,13 +37,17 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available():
-            raise ConfigError(f"device={str(name)!r}: this machine shows no CUDA device; use cpu or auto")
+            raise ConfigError(
+                f"device={str(name)!r}: this machine shows no CUDA device; use cpu or auto"
+            )
         if device.index is None:
             return torch.device("cuda", torch.cuda.current_device())
         if device.index >= count:
-            raise ConfigError(f"device={str(name)!r}: there are {count} CUDA devices, 0 to {count - 1}")
+            raise ConfigError(
+                f"device={str(name)!r}: there are {count} CUDA devices, 0 to {count - 1}"
+            )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"device={str(name)!r}: this machine has no MPS device; use cpu or auto")
+        raise ConfigError(f"device={str(name)!r}: there is no MPS device; use cpu or auto")
     elif device.type not in ("cpu", "mps", "meta"):
         raise ConfigError(f"device={str(name)!r}: use auto, cpu, cuda, cuda:N or mps")
     return device
@@ -55,8 +59,9 @@ def resolve_dtype(
     """Return the dtype a name stands for, checked against the device.
 
     Args:
-        name: "auto" or None (bfloat16 on a GPU that computes in it, float16 on an older one, float32
-            elsewhere), "float32", "float16", "bfloat16", their short forms, or a torch dtype.
+        name: "auto" or None (bfloat16 on a GPU that computes in it, float16 on an older one,
+            float32 elsewhere), "float32", "float16", "bfloat16", their short forms,
+            or a torch dtype.
         device: Where the numbers will live.
     """
     device = torch.device(device)

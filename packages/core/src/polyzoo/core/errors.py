@@ -1,4 +1,4 @@
-"""The errors polyzoo raises for reasons a person can act on. Anything else that escapes is a bug."""
+"""The errors polyzoo raises for reasons a person can act on. Any other that escapes is a bug."""
 
 from __future__ import annotations
 

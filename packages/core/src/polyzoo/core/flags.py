@@ -8,7 +8,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -109,7 +109,7 @@ def _starting_values(cls: type, start: Any) -> dict[str, Any]:
 
 
 def _with_holes(cls: type, values: Mapping[str, Any]) -> Any:
-    """Return an instance whose required fields are still open; its checks run when tyro builds it."""
+    """Return an instance whose required fields are still open; tyro's own will be checked."""
     instance = object.__new__(cls)
     for item in dataclasses.fields(cls):
         object.__setattr__(instance, item.name, values.get(item.name, tyro.MISSING))
@@ -161,5 +161,7 @@ def _one_line(box: str) -> str:
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", row) for row in box.splitlines()]
     text = " ".join(row.strip("│|╭╮╰╯ ") for row in rows if not re.match(r"\s*[╭╰]", row))
     parts = [" ".join(part.split()) for part in re.split(r"[─-]{8,}", text)]
-    kept = [part for part in parts if part and not part.startswith(("For full helptext", "Argument"))]
+    kept = [
+        part for part in parts if part and not part.startswith(("For full helptext", "Argument"))
+    ]
     return "; ".join(kept).rstrip(".") or "the command line cannot be understood"

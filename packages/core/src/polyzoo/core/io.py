@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -84,10 +85,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
                     _fsync(Path(parent, name))
                 fsync_folder(Path(parent))
             if path.exists():
-                retired = _temporary_beside(path)
-                path.rename(retired)
-                temporary.rename(path)
-                shutil.rmtree(retired)
+                _exchange(temporary, path)  # the old one now has the temporary name, and goes
             else:
                 temporary.rename(path)
             fsync_folder(path.parent)
@@ -102,7 +100,7 @@ def _explaining(path: Path, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # A body may fail on files of its own (a missing input); those errors are not ours to reword.
+        # A body may fail on files of its own, such as a missing input: not ours to reword.
         if error.errno in _DISK_FULL or error.filename in ours:
             raise _write_error(path, temporary, error) from error
         raise
@@ -168,7 +166,7 @@ def fsync_folder(path: str | Path) -> None:
 
 
 def remove_stale(path: str | Path) -> None:
-    """Remove what a killed process left of unfinished writes of `path`; call while holding a lock."""
+    """Remove what a killed process left of unfinished writes of `path`; hold a lock meanwhile."""
     path = Path(path)
     for stale in path.parent.glob(f".{path.name}.*.tmp"):
         if stale.is_dir() and not stale.is_symlink():
@@ -179,6 +177,18 @@ def remove_stale(path: str | Path) -> None:
 
 def _temporary_beside(path: Path) -> Path:
     return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two folders; in one step where the system can, so that a reader always finds one."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return
+    aside = _temporary_beside(second)
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)
 
 
 def _fsync(path: Path) -> None:

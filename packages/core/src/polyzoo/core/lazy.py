@@ -57,5 +57,6 @@ def import_extra(module: str, *, install: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module} is needed here and cannot be imported ({error}); run: pip install '{install}'"
+            f"{module} is needed here and cannot be imported ({error}); run: "
+            f"pip install '{install}'"
         ) from error

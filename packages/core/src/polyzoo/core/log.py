@@ -53,7 +53,7 @@ def progress(
     unit: str = "it",
     quiet: bool = False,
 ) -> tqdm[Any]:
-    """Show how far the work is, on stderr: a bar in a terminal, a plain line now and then elsewhere.
+    """Show on stderr how far the work is: a bar in a terminal, a line now and then elsewhere.
 
     Args:
         iterable: What to walk through; without it call `update(n)` yourself.
@@ -80,7 +80,7 @@ def progress(
 
 
 class _Lines(tqdm):  # not generic at run time
-    """Writes whole lines, at most one in ten seconds and always the last: readable in a log file."""
+    """Writes whole lines, at most one in ten seconds and always the last: fit for a log file."""
 
     monitor_interval = 0  # no thread: lines need no refresh
 
@@ -88,12 +88,11 @@ class _Lines(tqdm):  # not generic at run time
         self._next_line = time.monotonic() + 10.0
         super().__init__(*args, **kwargs)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 - tqdm's signature
         done = self.total is not None and self.n >= self.total
         if self.n and (done or time.monotonic() >= self._next_line):
             self._next_line = time.monotonic() + 10.0
             self._write_line()
-        return True
 
     def close(self) -> None:
         if not self.disable:

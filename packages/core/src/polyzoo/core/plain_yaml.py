@@ -1,4 +1,4 @@
-"""YAML as people expect it: the JSON data model, YAML 1.2 scalars, no aliases, no tags, no twins."""
+"""YAML as people expect it: JSON's data model, YAML 1.2 scalars, no aliases, tags or twins."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ import yaml
 
 from polyzoo.core.errors import ConfigError
 
-# PyYAML follows YAML 1.1, where `1e-4` is text, `no` is false and `1:30` is 90. These are YAML 1.2's.
+# PyYAML follows YAML 1.1, where `1e-4` is text, `no` is false and `1:30` is 90. YAML 1.2's are:
 _SCALARS = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
     (
         "tag:yaml.org,2002:float",
-        r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))"
+        r"|\.(?:nan|NaN|NAN)",
         list("-+0123456789."),
     ),
 )
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ConfigError(f"line {event.start_mark.line + 1}: anchors and aliases are not allowed")
+            raise ConfigError(
+                f"line {event.start_mark.line + 1}: anchors and aliases are not allowed"
+            )
         if getattr(event, "tag", None):
-            raise ConfigError(f"line {event.start_mark.line + 1}: tags ({event.tag}) are not allowed")
+            raise ConfigError(
+                f"line {event.start_mark.line + 1}: tags ({event.tag}) are not allowed"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -47,9 +50,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    """Quotes exactly the texts that `_Loader` would take for something else."""
+
+    def represent_text(self, value: str) -> yaml.Node:
+        # Some of Unicode's line ends do not survive unless they are escaped.
+        style = None if value.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
+_Dumper.add_representer(str, _Dumper.represent_text)
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
     _Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
@@ -62,7 +73,8 @@ def read(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{line}{error.problem or error.context}") from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{line}{problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(" ".join(str(error).split())) from None
 

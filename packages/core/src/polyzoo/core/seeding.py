@@ -38,10 +38,16 @@ def capture_random_state() -> RandomState:
     The result holds nothing that `torch.load(..., weights_only=True)` would refuse.
     """
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
     state: RandomState = {
         "python": [version, list(numbers), gauss],
-        "numpy": [str(name), torch.from_numpy(keys.copy()), int(position), int(has_gauss), float(cached)],
+        "numpy": {
+            "bit_generator": str(numpy["bit_generator"]),
+            "key": torch.from_numpy(numpy["state"]["key"].copy()),
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
+        },
         "torch": torch.get_rng_state(),
         "cuda": [],
     }
@@ -57,8 +63,15 @@ def restore_random_state(state: RandomState) -> None:
     """
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy(), position, has_gauss, cached))  # noqa: NPY002
+    numpy = state["numpy"]
+    np.random.set_state(  # noqa: NPY002
+        {
+            "bit_generator": numpy["bit_generator"],
+            "state": {"key": numpy["key"].cpu().numpy(), "pos": numpy["pos"]},
+            "has_gauss": numpy["has_gauss"],
+            "gauss": numpy["gauss"],
+        }
+    )
     torch.set_rng_state(state["torch"].cpu())
     for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(device_state.cpu(), index)

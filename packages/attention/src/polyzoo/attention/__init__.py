@@ -1,0 +1,40 @@
+"""One attention for every model: describe the mask, and the best backend serves the call.
+
+Importing this package does not load torch; naming one of its functions does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from polyzoo.core.lazy import attach
+
+if TYPE_CHECKING:
+    from polyzoo.attention.api import attention as attention
+    from polyzoo.attention.api import explain as explain
+    from polyzoo.attention.registry import Backend as Backend
+    from polyzoo.attention.registry import Choice as Choice
+    from polyzoo.attention.registry import Request as Request
+    from polyzoo.attention.registry import backends as backends
+    from polyzoo.attention.registry import choose as choose
+    from polyzoo.attention.registry import use_backend as use_backend
+    from polyzoo.attention.merge import merge_states as merge_states
+    from polyzoo.attention.types import CuSeqlens as CuSeqlens
+    from polyzoo.attention.types import DecomposedBias as DecomposedBias
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "Backend": ".registry",
+        "Choice": ".registry",
+        "CuSeqlens": ".types",
+        "DecomposedBias": ".types",
+        "Request": ".registry",
+        "attention": ".api",
+        "backends": ".registry",
+        "choose": ".registry",
+        "explain": ".api",
+        "merge_states": ".merge",
+        "use_backend": ".registry",
+    },
+)

@@ -1,0 +1,1 @@
+"""Hooks that let other libraries' models use `polyzoo.attention`. Nothing is imported here."""

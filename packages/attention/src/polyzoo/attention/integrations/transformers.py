@@ -1,0 +1,192 @@
+"""The attention implementation "polyzoo" for every transformers model.
+
+Example:
+    >>> from polyzoo.attention.integrations.transformers import register
+    >>> register()
+    >>> model = AutoModel.from_pretrained(path, attn_implementation="polyzoo")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyzoo.attention.api import attention
+from polyzoo.attention.types import CuSeqlens
+
+NAME = "polyzoo"
+"""Without "flash", "sdpa" or "flex_attention": transformers looks for these parts of a name."""
+
+_HARMLESS = frozenset(
+    {
+        "attention_mask",  # some models pass their 2-d mask along; the 4-d one is what counts
+        "cache_position",
+        "deterministic",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "head_mask",
+        "input_ids",
+        "labels",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+_REFUSED = {
+    "softcap": "capped scores",
+    "s_aux": "attention sinks",
+    "cache": "a paged cache",
+}
+_KEPT_AS = "_polyzoo_cu_seqlens"
+
+
+def register() -> None:
+    """Make "polyzoo" known to transformers, with its mask function; may be called again.
+
+    Both are needed: without a mask function of that name transformers drops every mask silently.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Serve one layer; transformers calls it.
+
+    Args:
+        module: The layer, asked for `is_causal`.
+        query: `(b, h, n, d)`.
+        key: `(b, hk, m, d)`, grouped heads not repeated.
+        value: `(b, hk, m, dv)`.
+        attention_mask: What the mask function made: None or bool `(b, 1, n, m)`; or a caller's own
+            additive mask.
+        dropout: Probability of dropping.
+        scaling: Multiplies the scores.
+        is_causal: Overrides the layer's.
+        position_bias: Added to the scores (T5).
+        cu_seq_lens_q: Packed batch `(1, T)`: starts of the sequences.
+        cu_seq_lens_k: The same for the keys.
+        max_length_q: Longest packed sequence.
+        max_length_k: The same for the keys.
+        sliding_window: Keys a query sees; used where packing replaces the mask.
+        kwargs: Other things models pass along: known ones are ignored, others refused.
+
+    Returns:
+        `(b, n, h, dv)` contiguous, and None for the weights.
+
+    Raises:
+        ValueError: The layer asks for what "polyzoo" does not do.
+    """
+    _refuse_unknown(kwargs)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if cu_seq_lens_q is not None:
+        if attention_mask is not None and not is_causal:
+            raise ValueError(
+                "cu_seq_lens_q together with an attention_mask: a packed batch has no padding; "
+                "leave attention_mask out"
+            )
+        if position_bias is not None:
+            raise ValueError('cu_seq_lens_q together with position_bias is not served by "polyzoo"')
+        # A causal model's mask restates the packing, which transformers reads off position_ids.
+        out = attention(
+            query,
+            key,
+            value,
+            causal=is_causal,
+            window=(sliding_window - 1, 0) if is_causal and sliding_window else None,
+            cu_seqlens=_lengths(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k),
+            scale=scaling,
+            dropout=dropout,
+        )
+        return out.transpose(1, 2), None
+    n, m = query.shape[2], key.shape[2]
+    causal = False
+    if attention_mask is None and is_causal and n > 1:
+        causal = True
+        if m > n:  # a static cache being filled: transformers aligns at the top left here
+            key, value = key[:, :, :n], value[:, :, :n]
+            if position_bias is not None:
+                position_bias = position_bias[..., :n]
+    mask, bias = attention_mask, position_bias
+    if mask is not None and mask.dtype != torch.bool:
+        bias = mask if bias is None else bias + mask
+        mask = None
+    if mask is not None and mask.dim() == 4 and mask.stride(2) == 0:
+        mask = mask[:, :, :1]  # padding only: the same for every query
+    if query.shape[0] == 1 < key.shape[0]:  # learned queries shared by the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    out = attention(
+        query, key, value, causal=causal, mask=mask, bias=bias, scale=scaling, dropout=dropout
+    )
+    return out.transpose(1, 2), None
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    for name, given in kwargs.items():
+        if given is None or name in _HARMLESS:
+            continue
+        if name in _REFUSED:
+            raise ValueError(
+                f'{name} ({_REFUSED[name]}) is not supported by "{NAME}"; '
+                'load the model with attn_implementation="eager"'
+            )
+        if isinstance(given, Tensor):
+            raise ValueError(
+                f'the model passes a tensor {name} of shape {tuple(given.shape)} that "{NAME}" does '
+                'not know, and ignoring it could change the result; '
+                'load the model with attn_implementation="eager"'
+            )
+
+
+def _lengths(
+    queries: Tensor, keys: Tensor | None, max_q: int | None, max_k: int | None
+) -> CuSeqlens:
+    """Build the description of a packed batch once and keep it on its tensor for all layers."""
+    if keys is None:
+        keys = queries
+    if max_q is None or max_k is None:
+        raise ValueError(
+            "cu_seq_lens_q needs max_length_q and max_length_k, the longest sequences, beside it"
+        )
+    max_q, max_k = int(max_q), int(max_k)
+    if torch.compiler.is_compiling():
+        return CuSeqlens(queries, keys, max_q, max_k)
+    version = 0 if queries.is_inference() else queries._version
+    kept = getattr(queries, _KEPT_AS, None)
+    if kept is not None:
+        lengths, made_at = kept
+        if made_at == version and lengths.k is keys and (lengths.max_q, lengths.max_k) == (
+            max_q,
+            max_k,
+        ):
+            return lengths
+    lengths = CuSeqlens(queries, keys, max_q, max_k)
+    setattr(queries, _KEPT_AS, (lengths, version))
+    return lengths

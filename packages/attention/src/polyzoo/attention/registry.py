@@ -1,0 +1,291 @@
+"""Which backend serves a call: one literal table, one fixed order of checks, and the reasons."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyzoo.attention import reference, sdpa
+from polyzoo.attention.limits import MATRIX_LIMIT
+from polyzoo.attention.types import Call
+from polyzoo.core.log import get_logger
+
+logger = get_logger(__name__)
+
+FEATURES = (
+    "causal",
+    "window",
+    "kv_lens",
+    "varlen",
+    "mask",
+    "bias",
+    "bias_grad",
+    "relpos",
+    "gqa",
+    "dropout",
+    "dv_ne_d",
+    "backward",
+    "lse",
+    "int8",
+    "fp8",
+)
+"""What a call can ask for and a backend can offer."""
+
+BIT = {name: 1 << index for index, name in enumerate(FEATURES)}
+_EXACT = frozenset(FEATURES) - {"int8", "fp8"}
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def _always() -> str | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What one implementation needs and offers, as data."""
+
+    name: str
+    summary: str
+    """One line for people."""
+    forward: Callable[[Call], tuple[Tensor, Tensor | None]]
+    """Serves a checked call. Autograd differentiates it, or it brings its own Function."""
+    devices: frozenset[str] | None = None
+    """Device types; None is any."""
+    min_cc: tuple[int, int] | None = None
+    """Lowest CUDA compute capability."""
+    max_cc: tuple[int, int] | None = None
+    """Highest CUDA compute capability."""
+    dtypes: frozenset[torch.dtype] = _FLOATS
+    head_dims: Callable[[int], bool] | None = None
+    """Tells whether a head size (keys' or values') is served; None is any."""
+    head_dims_text: str = "any"
+    """The same in words."""
+    features: frozenset[str] = _EXACT
+    matrix_for: frozenset[str] = frozenset()
+    """Features that make it allocate an n x m matrix per head; "always" is every call."""
+    available: Callable[[], str | None] = _always
+    """Returns why it cannot run here and the fix, or None. Imports nothing heavy until asked."""
+
+
+BACKENDS = (
+    Backend(
+        name="sdpa",
+        summary="torch's scaled_dot_product_attention and its packed kernels",
+        forward=sdpa.forward,
+        matrix_for=frozenset({"relpos"}),
+    ),
+    Backend(
+        name="reference",
+        summary="fp32/fp64 matrix of scores: slow, obviously right",
+        forward=reference.forward,
+        matrix_for=frozenset({"always"}),
+    ),
+)
+
+AUTO_ORDER: dict[str, tuple[str, ...]] = {
+    "cuda": ("sdpa", "reference"),
+    "cpu": ("sdpa", "reference"),
+}
+"""What `backend="auto"` tries, by device type."""
+_OTHER_DEVICES = ("sdpa", "reference")
+
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+_override: ContextVar[str | None] = ContextVar("polyzoo_attention_backend", default=None)
+_VARIABLE = "POLYZOO_ATTENTION"
+
+
+class Request(NamedTuple):
+    """What of a call decides who can serve it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    features: int
+    """Bits of FEATURES."""
+    scores: int
+    """Elements of the largest score matrix, or 0 where it is small enough for every backend."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who serves a call, and why the others do not."""
+
+    backend: Backend | None
+    """None: nobody does."""
+    reasons: tuple[str, ...]
+    """One line per refused backend."""
+    tile_plan: None = None
+    """Tile sizes, for backends that have them."""
+
+    def __str__(self) -> str:
+        if self.backend is None:
+            head = "no backend serves this call"
+        else:
+            head = f"{self.backend.name}: {self.backend.summary}"
+        return "\n".join([head, *(f"  not {reason}" for reason in self.reasons)])
+
+
+def backends() -> tuple[Backend, ...]:
+    """Return every backend, in table order."""
+    return BACKENDS
+
+
+def forwards() -> dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]]:
+    """Return every backend's function by name."""
+    return {backend.name: backend.forward for backend in BACKENDS}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call in the block, of this thread or task, with one backend.
+
+    An argument `backend=` still wins; the environment variable POLYZOO_ATTENTION loses.
+
+    Args:
+        name: A backend, or "auto".
+
+    Raises:
+        ValueError: There is no such backend.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     out = attention(q, k, v)
+    """
+    _check_name(name, "use_backend(name)")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def requested(backend: str) -> str:
+    """Resolve the argument, the context and the environment, in this order."""
+    if backend != "auto":
+        _check_name(backend, "backend")
+        return backend
+    name = _override.get()
+    if name is None:
+        name = os.environ.get(_VARIABLE) or "auto"
+        if name != "auto":
+            _check_name(name, f"the environment variable {_VARIABLE}")
+    return name
+
+
+def choose(request: Request, backend: str = "auto") -> Choice:
+    """Pick the backend for a request.
+
+    Args:
+        request: What the call needs.
+        backend: "auto", or a name: a named backend never falls back.
+
+    Raises:
+        ValueError: No backend, or not the named one, can serve it; the message holds the reasons.
+    """
+    choice = decide(request, backend)
+    if choice.backend is None:
+        lines = "; ".join(choice.reasons)
+        if backend == "auto":
+            raise ValueError(f"no backend serves this call: {lines}")
+        raise ValueError(
+            f'backend="{backend}" cannot serve this call: {lines}; '
+            'backend="auto" picks one that can, if there is any'
+        )
+    return choice
+
+
+@lru_cache(maxsize=4096)
+def decide(request: Request, backend: str) -> Choice:
+    """Do as `choose`, and return the choice where nobody serves the request too."""
+    if backend == "auto":
+        names = AUTO_ORDER.get(request.device.type, _OTHER_DEVICES)
+    else:
+        names = (backend,)
+    chosen: Backend | None = None
+    reasons: list[str] = []
+    for name in names:
+        reason = refusal(_BY_NAME[name], request)
+        if reason is not None:
+            reasons.append(reason)
+        elif chosen is None:
+            chosen = _BY_NAME[name]
+            if reasons:
+                _log_once(f"attention falls back to {name}: {'; '.join(reasons)}")
+        else:
+            reasons.append(f"{name}: {chosen.name} comes first")
+    return Choice(backend=chosen, reasons=tuple(reasons))
+
+
+def refusal(backend: Backend, request: Request) -> str | None:
+    """Say in one line why a backend cannot serve a request, or return None."""
+    device = request.device
+    problem = backend.available()
+    if problem is None and backend.devices is not None and device.type not in backend.devices:
+        problem = f"runs on {', '.join(sorted(backend.devices))}, this is {device}"
+    if problem is None and device.type == "cuda" and (backend.min_cc or backend.max_cc):
+        problem = _capability_problem(backend, device)
+    if problem is None and request.dtype not in backend.dtypes:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in backend.dtypes))
+        problem = f"computes {names}, not {str(request.dtype).removeprefix('torch.')}"
+    if problem is None and backend.head_dims is not None:
+        for size in (request.head_dim, request.value_dim):
+            if not backend.head_dims(size):
+                problem = f"head size {size} is not served (allowed: {backend.head_dims_text})"
+                break
+    if problem is None:
+        asked = {name for name in FEATURES if request.features & BIT[name]}
+        missing = [name for name in FEATURES if name in asked - backend.features]
+        if missing:
+            problem = f"has no {', '.join(missing)}{_advice(missing)}"
+        elif request.scores and backend.matrix_for & (asked | {"always"}):
+            problem = _matrix_problem(backend, request)
+    return None if problem is None else f"{backend.name}: {problem}"
+
+
+def _capability_problem(backend: Backend, device: torch.device) -> str | None:
+    have = torch.cuda.get_device_capability(device)
+    this = f"this is {torch.cuda.get_device_name(device)} (sm_{have[0]}{have[1]})"
+    if backend.min_cc is not None and have < backend.min_cc:
+        return f"needs sm_{backend.min_cc[0]}{backend.min_cc[1]}, {this}"
+    if backend.max_cc is not None and have > backend.max_cc:
+        return f"ends at sm_{backend.max_cc[0]}{backend.max_cc[1]}, {this}"
+    return None
+
+
+def _advice(missing: list[str]) -> str:
+    return ' (use precision="exact")' if {"int8", "fp8"} & set(missing) else ""
+
+
+def _matrix_problem(backend: Backend, request: Request) -> str | None:
+    size = request.scores * (8 if request.dtype == torch.float64 else 4)
+    if "always" in backend.matrix_for:
+        what = "its score matrix"
+        instead = "smaller batches, or a backend that tiles"
+    else:
+        what = "bias=DecomposedBias(...) as a dense n x m bias"
+        instead = "smaller batches, or smaller windows of the grid"
+    if size <= MATRIX_LIMIT:
+        return None
+    return f"{what} would take {size:,} bytes (limit {MATRIX_LIMIT:,}); use {instead}"
+
+
+def _check_name(name: str, where: str) -> None:
+    if name != "auto" and name not in _BY_NAME:
+        raise ValueError(
+            f"{where} is {name!r}; backends are auto, {', '.join(sorted(_BY_NAME))} "
+            "(`polyzoo.attention.registry` lists them)"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _log_once(line: str) -> None:
+    logger.warning(line)

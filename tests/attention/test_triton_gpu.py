@@ -9,7 +9,7 @@ import torch
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import backward
 from polyzoo.attention.kernels.launch_decode import decode, suits
-from polyzoo.attention.kernels.problem import Problem
+from polyzoo.attention.kernels.problem import Problem, heads_last
 from support.attention_oracle import exact, parity_case, parity_names, torch_math
 
 pytestmark = [
@@ -24,8 +24,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def run_all(problem: Problem, dout):
-    out, lse = forward(problem)
-    grads = backward(problem, out, lse, dout)
+    low = heads_last(problem.q, problem.v.shape[-1]) if problem.q.dtype != torch.float32 else None
+    out, lse = forward(problem, low=low)
+    grads = backward(problem, out, lse, dout, low=low)
     found = {"o": out, "lse": lse}
     for name in ("q", "k", "v", "bias", "rel_h", "rel_w"):
         if getattr(problem, name) is not None:
@@ -75,8 +76,8 @@ def test_stored_cases(name, dtype):
         for key, limit in limits.items():
             assert (found[key].double() - stored[key]).abs().max() <= limit, key
         return
-    if problem.packed or problem.dropout:
-        # torch's math attention has neither: its largest errors over the other cases.
+    if problem.dropout:
+        # torch's math attention cannot drop the same ones: its largest errors over other cases.
         o, grad = {"fp32": (5.4e-7, 1.6e-6), "fp16": (7.8e-4, 2.5e-3), "bf16": (7.4e-3, 2e-2)}[
             dtype
         ]
@@ -160,8 +161,8 @@ def test_random_calls(seed):
     again = run_all(problem, dout)
     for name, value in found.items():
         assert torch.equal(value, again[name]), f"{name} differs from run to run"
-    if problem.packed or problem.dropout:
-        rough = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    if problem.dropout:
+        rough = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
         for key, value in errors(found, wanted).items():
             size = wanted[key].abs().max().item() if wanted[key].numel() else 0.0
             assert value <= rough * max(1.0, size), (key, value, size)

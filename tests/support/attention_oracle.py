@@ -102,7 +102,7 @@ def keep_mask(problem: Problem, sequence: int | None = None) -> Tensor:
 def dense(problem: Problem, sequence: int | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in the dtype of the inputs, differentiable by autograd."""
     if problem.cu_q is not None and problem.cu_k is not None:
-        return _packed(problem, problem.cu_q.tolist(), problem.cu_k.tolist())
+        return _packed(problem, problem.cu_q.tolist(), problem.cu_k.tolist(), dense)
     group = problem.group
     k, v = (t.repeat_interleave(group, dim=1) for t in (problem.k, problem.v))
     scores = problem.scale * (problem.q @ k.transpose(-1, -2))
@@ -125,7 +125,7 @@ def dense(problem: Problem, sequence: int | None = None) -> tuple[Tensor, Tensor
     return weights @ v, lse
 
 
-def _packed(problem: Problem, cu_q: list[int], cu_k: list[int]) -> tuple[Tensor, Tensor]:
+def _packed(problem: Problem, cu_q: list[int], cu_k: list[int], attend) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
     for index in range(len(cu_q) - 1):
         part = replace(
@@ -136,7 +136,7 @@ def _packed(problem: Problem, cu_q: list[int], cu_k: list[int]) -> tuple[Tensor,
             cu_q=None,
             cu_k=None,
         )
-        out, lse = dense(part, sequence=index)
+        out, lse = attend(part, sequence=index)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
@@ -148,9 +148,11 @@ def exact(problem: Problem, dout: Tensor) -> dict[str, Tensor]:
 
 
 def torch_math(problem: Problem, dout: Tensor) -> dict[str, Tensor]:
-    """The same by torch's math attention in the dtype of the inputs, without dropout or packing."""
+    """The same by torch's math attention in the dtype of the inputs, without dropout."""
 
-    def run(call: Problem) -> tuple[Tensor, Tensor]:
+    def run(call: Problem, sequence: int | None = None) -> tuple[Tensor, Tensor]:
+        if call.cu_q is not None and call.cu_k is not None:
+            return _packed(call, call.cu_q.tolist(), call.cu_k.tolist(), run)
         group = call.group
         k, v = (t.repeat_interleave(group, dim=1) for t in (call.k, call.v))
         seen = visible(call)

@@ -22,25 +22,32 @@ class _Plan:
     tma: bool
 
 
-def forward(problem: Problem, *, config: TileConfig | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    problem: Problem, *, config: TileConfig | None = None, low: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of its scores.
 
     Args:
         problem: The call.
         config: Tile sizes; looked up if left out.
+        low: Receives what rounding the output took away, laid out as the output; an exact backward
+            pass wants it.
 
     Returns:
         `(b, h, n, dv)` in the input dtype, laid out with the heads last, and fp32 `(b, h, n)`.
     """
+    problem = problem.aligned
     out = heads_last(problem.q, problem.v.shape[-1])
     lse = torch.empty(problem.q.shape[:3], dtype=torch.float32, device=problem.q.device)
     if out.shape[0] * out.shape[1] * out.shape[2] == 0:
         return out, lse
     if problem.keys == 0:
+        if low is not None:
+            low.zero_()
         return out.zero_(), lse.fill_(-torch.inf)
-    aligned = (problem.k.data_ptr() | problem.v.data_ptr()) % 16 == 0
     plan = prepared(
-        ("forward", problem.signature, config, aligned), lambda: _plan(problem, out, config)
+        ("forward", problem.signature, config, low is None),
+        lambda: _plan(problem, out, config, low is not None),
     )
     lists = tile_lists(problem, plan.block_m, plan.block_n)
     with torch.cuda.device_of(problem.q):
@@ -49,6 +56,7 @@ def forward(problem: Problem, *, config: TileConfig | None = None) -> tuple[Tens
             problem.k,
             problem.v,
             out,
+            low,
             lse,
             problem.bias,
             as_bytes(problem.mask),
@@ -66,7 +74,7 @@ def forward(problem: Problem, *, config: TileConfig | None = None) -> tuple[Tens
     return out, lse
 
 
-def _plan(problem: Problem, out: Tensor, config: TileConfig | None) -> _Plan:
+def _plan(problem: Problem, out: Tensor, config: TileConfig | None, low: bool) -> _Plan:
     config = config or choose_config("forward", problem)
     block_n = max(config.block_n, problem.key_block)
     main = [strides(t, 3) for t in (problem.q, problem.k, problem.v, out)]
@@ -100,6 +108,7 @@ def _plan(problem: Problem, out: Tensor, config: TileConfig | None) -> _Plan:
             "EDGES": problem.edges or rough,
             "RAW": problem.raw,
             "TMA": tma,
+            "LOW": low,
         },
         {"num_warps": config.warps, "num_stages": config.stages},
     )
@@ -169,7 +178,6 @@ def _descriptors_fit(problem: Problem) -> bool:
         and not problem.width
         and problem.q.is_cuda
         and torch.cuda.get_device_capability(problem.q.device) >= (9, 0)
-        and all(t.data_ptr() % 16 == 0 for t in (problem.k, problem.v))
     )
 
 

@@ -15,7 +15,13 @@ from polyzoo.attention.kernels.launch import (
     schedule,
     tile_lists,
 )
-from polyzoo.attention.kernels.problem import Problem, alignment, heads_last, strides
+from polyzoo.attention.kernels.problem import (
+    Problem,
+    alignment,
+    heads_last,
+    reads_whole,
+    strides,
+)
 from polyzoo.attention.kernels.starts import Start, prepared
 from polyzoo.attention.kernels.triton_backward import backward_bias_kernel, delta_kernel
 from polyzoo.attention.kernels.triton_backward_kv import backward_kv_kernel
@@ -65,6 +71,7 @@ def backward(
     config_q: TileConfig | None = None,
     config_kv: TileConfig | None = None,
     parts: int | None = None,
+    low: Tensor | None = None,
     careful: bool = True,
 ) -> Gradients:
     """Gradients of `sum(out * dout)`; the same bits in every run.
@@ -79,19 +86,21 @@ def backward(
         config_kv: Tile sizes of the pass over key tiles; looked up if left out.
         parts: Slices of the queries in the pass over key tiles; by the number of programs if left
             out.
+        low: What rounding took away from `out`, if `forward` was asked to keep it.
         careful: Keep the gradient of the scores at twice the bits of the inputs, so that half
             precision gradients err by little more than their own rounding. One more product in
             each pass.
     """
     wanted = wanted or Wanted()
-    if dout.stride(-1) != 1 or 0 in dout.stride()[:-1]:
+    problem = problem.aligned
+    if not reads_whole(dout):
         dout = heads_last(dout, dout.shape[-1]).copy_(dout)
     if problem.queries * problem.keys * problem.batch * problem.heads == 0:
         return _zeros(problem, wanted)
     careful = careful and problem.q.dtype != torch.float32
     dq = dk = dv = dbias = drel_h = drel_w = None
     with torch.cuda.device_of(problem.q):
-        delta = _row_sums(problem, out, dout)
+        delta = _row_sums(problem, out, low, dout)
         statistics = (dout, lse, delta)
         if wanted.kv:
             dk, dv = _keys_and_values(problem, statistics, config_kv, parts, careful)
@@ -116,7 +125,7 @@ def _zeros(problem: Problem, wanted: Wanted) -> Gradients:
     )
 
 
-def _row_sums(problem: Problem, out: Tensor, dout: Tensor) -> Tensor:
+def _row_sums(problem: Problem, out: Tensor, low: Tensor | None, dout: Tensor) -> Tensor:
     b, h, n, _ = out.shape
     delta = torch.empty((b, h, n), dtype=torch.float32, device=out.device)
 
@@ -131,12 +140,13 @@ def _row_sums(problem: Problem, out: Tensor, dout: Tensor) -> Tensor:
                 "ALIGN": align,
                 **{name: problem.constants[name] for name in ("DV", "DV0", "DV1")},
                 "BM": _DELTA_ROWS,
+                "LOW": low is not None,
             },
             {"num_warps": 4},
         )
 
-    shapes = (out.dtype, out.shape, out.stride(), dout.stride(), out.device)
-    prepared(("delta", shapes), build)(out, dout, delta)
+    shapes = (out.dtype, out.shape, out.stride(), dout.stride(), out.device, low is None)
+    prepared(("delta", shapes), build)(out, low, dout, delta)
     return delta
 
 

@@ -48,6 +48,7 @@ def decode(
         config: Tile sizes; looked up if left out. `block_m` is not used.
         splits: Slices of the keys; enough to fill the GPU if left out.
     """
+    problem = problem.aligned
     q = problem.q
     b, h, n, _ = q.shape
     dv = problem.v.shape[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -137,6 +137,7 @@ class Problem:
             "PACKED": self.packed,
             "HAS_MASK": self.mask is not None,
             "HAS_BIAS": self.bias is not None,
+            "NATURAL": self.natural,
             "KW": width,
             "KWP": self.key_block,
             "DROPOUT": self.dropout > 0.0,
@@ -170,9 +171,33 @@ class Problem:
         return 0 if self.rel_h is None else self.rel_h.shape[-1]
 
     @property
+    def natural(self) -> bool:
+        """Whether scores are in natural instead of log2 units inside the kernels.
+
+        A bias of finfo.min times log2(e) would overflow, and in fp32 the extra rounding shows.
+        """
+        has_terms = self.bias is not None or self.rel_w is not None
+        return self.bias is not None or (has_terms and self.q.dtype == torch.float32)
+
+    @property
     def kernel_scale(self) -> float:
-        """The scale in the units of the kernel: log2, or natural ones with a dense bias."""
-        return self.scale if self.bias is not None else self.scale * math.log2(math.e)
+        """The scale in the units of the kernel."""
+        return self.scale if self.natural else self.scale * math.log2(math.e)
+
+    @cached_property
+    def aligned(self) -> Problem:
+        """The same call with rows that can be read 16 bytes at a time, copied where they cannot.
+
+        Triton reads other rows element by element and, up to 3.6 at least, such loads race with the
+        asynchronous matrix products that consume them on sm_90.
+        """
+        if all(reads_whole(t) for t in (self.q, self.k, self.v)):
+            return self
+        q, k, v = (
+            t if reads_whole(t) else heads_last(t, t.shape[-1]).copy_(t)
+            for t in (self.q, self.k, self.v)
+        )
+        return replace(self, q=q, k=k, v=v)
 
     @property
     def threshold(self) -> int:
@@ -192,6 +217,15 @@ def strides(tensor: Tensor | None, axes: int) -> list[int]:
         return [0] * axes
     pairs = zip(tensor.shape[:axes], tensor.stride()[:axes], strict=True)
     return [0 if size == 1 else stride for size, stride in pairs]
+
+
+def reads_whole(tensor: Tensor) -> bool:
+    """Whether every row of a `(b, h, n, d)` tensor is dense and starts at a multiple of 16 bytes."""
+    return (
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(-1) == 1
+        and all(stride % 8 == 0 for stride in strides(tensor, 3))
+    )
 
 
 def alignment(groups: list[list[int]]) -> int:

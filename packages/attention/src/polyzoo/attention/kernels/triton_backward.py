@@ -12,10 +12,11 @@ from polyzoo.attention.kernels.triton_device import LOG2E, dropout_keep, load_bl
     do_not_specialize=["o_b", "o_h", "o_n", "do_b", "do_h", "do_n", "heads", "n"]
 )
 def delta_kernel(
-    Out, DOut, Delta, o_b, o_h, o_n, do_b, do_h, do_n, heads, n,
+    Out, Low, DOut, Delta, o_b, o_h, o_n, do_b, do_h, do_n, heads, n,
     ALIGN: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out) in fp32, contiguous `(b, h, n)`."""
+    """delta = rowsum(dout * (out + low)) in fp32, contiguous `(b, h, n)`."""
     tiles = tl.cdiv(n, BM)
     pid = tl.program_id(0)
     outer = pid // tiles
@@ -26,13 +27,20 @@ def delta_kernel(
     head = tl.cast(outer % heads, tl.int64)
     o_n *= ALIGN
     do_n *= ALIGN
-    Out += (place * o_b + head * o_h) * ALIGN + row * o_n
+    out_at = (place * o_b + head * o_h) * ALIGN + row * o_n
+    Out += out_at
+    if LOW:
+        Low += out_at
     DOut += (place * do_b + head * do_h) * ALIGN + row * do_n
     o0 = load_block(Out, local, o_n, row_mask, 0, DV0, DV, True).to(tl.float32)
+    if LOW:
+        o0 += load_block(Low, local, o_n, row_mask, 0, DV0, DV, True).to(tl.float32)
     do0 = load_block(DOut, local, do_n, row_mask, 0, DV0, DV, True).to(tl.float32)
     delta = tl.sum(o0 * do0, 1)
     if DV1 > 0:
         o1 = load_block(Out, local, o_n, row_mask, DV0, DV1, DV, True).to(tl.float32)
+        if LOW:
+            o1 += load_block(Low, local, o_n, row_mask, DV0, DV1, DV, True).to(tl.float32)
         do1 = load_block(DOut, local, do_n, row_mask, DV0, DV1, DV, True).to(tl.float32)
         delta += tl.sum(o1 * do1, 1)
     tl.store(Delta + tl.cast(outer, tl.int64) * n + row + local, delta, mask=row_mask)
@@ -57,7 +65,7 @@ def backward_bias_kernel(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SUM_N: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of the bias, summed in fixed order over the axes it is broadcast on.

@@ -32,7 +32,7 @@ def _query_step(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what one query tile gives to the gradients of the keys and values.
@@ -66,13 +66,16 @@ def _query_step(
         safe_keys = tl.minimum(j, m - 1)[:, None].to(tl.int64)
         at = safe_rows.to(tl.int64) * bias_n + safe_keys * bias_m
         s = s * scale + tl.load(Bias + at).to(tl.float32)
-        p = tl.exp2((s - lse[None, :]) * LOG2E)
     elif KW > 0:
-        s = s * scale + width_term(RelW, safe_rows, rel_w_n, laid_out[:, None], KW, KWP)
-        s += height_term(RelH, safe_rows, rel_h_n, laid_out[:, None], key_tile, kh, BN, KWP)
-        p = tl.exp2(s - lse[None, :] * LOG2E)
+        place = laid_out[:, None]
+        s = s * scale + width_term(RelW, safe_rows, rel_w_n, place, KW, KWP, NATURAL)
+        s += height_term(RelH, safe_rows, rel_h_n, place, key_tile, kh, BN, KWP, NATURAL)
     else:
-        p = tl.exp2(s * scale - lse[None, :] * LOG2E)
+        s = s * scale
+    if NATURAL:
+        p = tl.exp2((s - lse[None, :]) * LOG2E)
+    else:
+        p = tl.exp2(s - lse[None, :] * LOG2E)
     keep = (j < length)[:, None]
     if MASKED:
         keep = visible(
@@ -137,7 +140,7 @@ def backward_kv_kernel(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     DROPOUT: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one key tile; `heads` counts key heads here."""
@@ -243,7 +246,7 @@ def backward_kv_kernel(
                 q_base, do_base, Lse + stat_at, Delta + stat_at, q_n, do_n,
                 bias_base, bias_n, bias_m, mask_base, mask_n, mask_m,
                 rel_h_base, rel_w_base, rel_h_n, rel_w_n, Rng,
-                D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS,
+                D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL,
                 KW, KWP, DROPOUT, PRECISION, CAREFUL, False,
             )  # fmt: skip
         if EDGES:
@@ -265,7 +268,7 @@ def backward_kv_kernel(
                     q_base, do_base, Lse + stat_at, Delta + stat_at, q_n, do_n,
                     bias_base, bias_n, bias_m, mask_base, mask_n, mask_m,
                     rel_h_base, rel_w_base, rel_h_n, rel_w_n, Rng,
-                    D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS,
+                    D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL,
                     KW, KWP, DROPOUT, PRECISION, CAREFUL, True,
                 )  # fmt: skip
 

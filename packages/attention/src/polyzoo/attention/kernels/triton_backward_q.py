@@ -26,7 +26,7 @@ def _key_step(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what one key tile gives to the gradients of the queries; CAREFUL as for the keys."""
@@ -64,14 +64,13 @@ def _key_step(
         safe_keys = tl.minimum(j, m - 1)[None, :].to(tl.int64)
         row_at = safe_rows[:, None].to(tl.int64) * bias_n
         s = s * scale + tl.load(Bias + row_at + safe_keys * bias_m).to(tl.float32)
-        p = tl.exp2((s - lse[:, None]) * LOG2E)
     elif KW > 0:
         place = (start + local)[None, :]
         s = s * scale + width
-        s += height_term(RelH, safe_rows[:, None], rel_h_n, place, tile, kh, BN, KWP)
-        p = tl.exp2(s - lse[:, None])
+        s += height_term(RelH, safe_rows[:, None], rel_h_n, place, tile, kh, BN, KWP, NATURAL)
     else:
-        p = tl.exp2(s * scale - lse[:, None])
+        s = s * scale
+    p = tl.exp2((s - lse[:, None]) * LOG2E) if NATURAL else tl.exp2(s - lse[:, None])
     v0 = load_block(v_base, offsets, v_n, key_mask, 0, DV0, DV, MASKED)
     dp = tl.dot(do0, tl.trans(v0), input_precision=PRECISION)
     if DV1 > 0:
@@ -133,7 +132,7 @@ def backward_q_kernel(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     DROPOUT: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one query tile; DRelH and DRelW are contiguous `(b, h, n, kh or kw)`."""
@@ -163,7 +162,7 @@ def backward_q_kernel(
     stat_at = (place * heads + head) * lse_h + row_at
     lse = tl.load(Lse + stat_at + local, mask=row_mask, other=float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
-    if not HAS_BIAS:
+    if not NATURAL:
         lse = lse * LOG2E
     delta = tl.load(Delta + stat_at + local, mask=row_mask, other=0.0)
     if HAS_BIAS:
@@ -178,7 +177,8 @@ def backward_q_kernel(
         DRelH += (place * heads + head) * n * kh
         DRelW += (place * heads + head) * n * KW
         safe_rows = tl.minimum(rows, n - 1)
-        width = width_term(RelW, safe_rows[:, None], rel_w_n, tl.arange(0, BN)[None, :], KW, KWP)
+        x = tl.arange(0, BN)[None, :]
+        width = width_term(RelW, safe_rows[:, None], rel_w_n, x, KW, KWP, NATURAL)
         dwidth = tl.zeros([BM, BN], tl.float32)
     list_row = sequence * list_b + head * list_h + tile * list_t
     tile_list = Index
@@ -208,7 +208,7 @@ def backward_q_kernel(
             n, m, length, left, right, begin, end, kh, sequence_head, scale, threshold,
             keep_scale, K, V, k_n, v_n, Bias, bias_n, bias_m, Mask, mask_n, mask_m,
             RelH, rel_h_n, DRelH, Rng, D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT,
-            HAS_MASK, HAS_BIAS, KW, KWP, DROPOUT, PRECISION, CAREFUL, False,
+            HAS_MASK, HAS_BIAS, NATURAL, KW, KWP, DROPOUT, PRECISION, CAREFUL, False,
         )  # fmt: skip
     if EDGES:
         for t in tl.range(edge_lo, edge_hi):
@@ -218,18 +218,18 @@ def backward_q_kernel(
                 n, m, length, left, right, begin, end, kh, sequence_head, scale, threshold,
                 keep_scale, K, V, k_n, v_n, Bias, bias_n, bias_m, Mask, mask_n, mask_m,
                 RelH, rel_h_n, DRelH, Rng, D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT,
-                HAS_MASK, HAS_BIAS, KW, KWP, DROPOUT, PRECISION, CAREFUL, True,
+                HAS_MASK, HAS_BIAS, NATURAL, KW, KWP, DROPOUT, PRECISION, CAREFUL, True,
             )  # fmt: skip
     store_block(DQ, local, dq_n * 8, dq0 * true_scale, row_mask, 0, D0, D)
     if D1 > 0:
         store_block(DQ, local, dq_n * 8, dq1 * true_scale, row_mask, D0, D1, D)
     if KW > 0:
         safe_rows = tl.minimum(rows, n - 1)
-        x = tl.arange(0, KWP)
+        columns = tl.arange(0, KWP)
         if BN != KWP:
             dwidth = tl.sum(tl.reshape(dwidth, [BM, BN // KWP, KWP]), 1)
         tl.store(
-            DRelW + safe_rows[:, None] * KW + x[None, :],
+            DRelW + safe_rows[:, None] * KW + columns[None, :],
             dwidth.to(DRelW.dtype.element_ty),
-            mask=row_mask[:, None] & (x < KW)[None, :],
+            mask=row_mask[:, None] & (columns < KW)[None, :],
         )

@@ -28,7 +28,7 @@ def _key_step(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, DROPOUT: tl.constexpr,
     RAW: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one key tile to the running maximum, sum and accumulators."""
@@ -62,7 +62,9 @@ def _key_step(
     safe_rows = tl.minimum(rows, n - 1)
     if KW > 0:
         place = (start + local)[None, :]
-        s += width + height_term(RelH, safe_rows[:, None], rel_h_n, place, tile, kh, BN, KWP)
+        s += width + height_term(
+            RelH, safe_rows[:, None], rel_h_n, place, tile, kh, BN, KWP, NATURAL
+        )
     if HAS_BIAS:
         safe_keys = tl.minimum(j, m - 1)[None, :].to(tl.int64)
         row_at = safe_rows[:, None].to(tl.int64) * bias_n
@@ -89,7 +91,7 @@ def _key_step(
     else:
         new_peak = tl.maximum(peak, tl.max(s, 1))
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        if HAS_BIAS:
+        if NATURAL:
             # Natural units: a bias of finfo.min times log2(e) would overflow.
             p = tl.exp2((s - pivot[:, None]) * LOG2E)
             decay = tl.exp2((peak - pivot) * LOG2E)
@@ -129,7 +131,7 @@ def _key_step(
     ]
 )  # fmt: skip
 def forward_kernel(
-    Q, K, V, Out, Lse, Bias, Mask, RelH, RelW, Index, Counts, KvLens, CuQ, CuK, Schedule, Rng,
+    Q, K, V, Out, Low, Lse, Bias, Mask, RelH, RelW, Index, Counts, KvLens, CuQ, CuK, Schedule, Rng,
     KD0, KD1, VD0, VD1,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, lse_h,
     bias_b, bias_h, bias_n, bias_m, mask_b, mask_h, mask_n, mask_m,
@@ -140,9 +142,9 @@ def forward_kernel(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     DROPOUT: tl.constexpr, EDGES: tl.constexpr, RAW: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile; `launch.py` says what the arguments are."""
     sequence, head, tile, q_start, k_start, n, length = locate(
@@ -167,7 +169,8 @@ def forward_kernel(
     Q += (place * q_b + head_at * q_h) * ALIGN + row_at * q_n
     K += (place * k_b + key_at * k_h) * ALIGN + tl.cast(k_start, tl.int64) * k_n
     V += (place * v_b + key_at * v_h) * ALIGN + tl.cast(k_start, tl.int64) * v_n
-    Out += (place * o_b + head_at * o_h) * ALIGN + row_at * o_n
+    out_at = (place * o_b + head_at * o_h) * ALIGN + row_at * o_n
+    Out += out_at
     Lse += (place * heads + head) * lse_h + row_at
     if HAS_BIAS:
         Bias += place * bias_b + head_at * bias_h
@@ -178,7 +181,8 @@ def forward_kernel(
         RelH += place * rel_h_b + head_at * rel_h_h
         RelW += place * rel_w_b + head_at * rel_w_h
         safe_rows = tl.minimum(rows, n - 1)
-        width = width_term(RelW, safe_rows[:, None], rel_w_n, tl.arange(0, BN)[None, :], KW, KWP)
+        x = tl.arange(0, BN)[None, :]
+        width = width_term(RelW, safe_rows[:, None], rel_w_n, x, KW, KWP, NATURAL)
 
     list_row = sequence * list_b + head * list_h + tile * list_t
     tile_list = Index
@@ -207,7 +211,7 @@ def forward_kernel(
             n, m, length, left, right, begin, end, kh, batch, key_head, k_start, sequence_head,
             scale, threshold, K, V, k_n, v_n, KD0, KD1, VD0, VD1,
             Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Rng,
-            D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, KW, KWP,
+            D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL, KW, KWP,
             DROPOUT, RAW, TMA, PRECISION, False,
         )  # fmt: skip
     if EDGES:
@@ -218,15 +222,25 @@ def forward_kernel(
                 n, m, length, left, right, begin, end, kh, batch, key_head, k_start, sequence_head,
                 scale, threshold, K, V, k_n, v_n, KD0, KD1, VD0, VD1,
                 Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Rng,
-                D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, KW, KWP,
+                D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL, KW, KWP,
                 DROPOUT, RAW, TMA, PRECISION, True,
             )  # fmt: skip
 
     dead = total == 0.0
     inverse = keep_scale / tl.where(dead, 1.0, total)
-    store_block(Out, local, o_n, acc0 * inverse[:, None], row_mask, 0, DV0, DV)
+    acc0 = acc0 * inverse[:, None]
+    store_block(Out, local, o_n, acc0, row_mask, 0, DV0, DV)
     if DV1 > 0:
-        store_block(Out, local, o_n, acc1 * inverse[:, None], row_mask, DV0, DV1, DV)
+        acc1 = acc1 * inverse[:, None]
+        store_block(Out, local, o_n, acc1, row_mask, DV0, DV1, DV)
+    if LOW:
+        # What rounding took away, for the backward pass.
+        Low += out_at
+        acc0 -= acc0.to(Out.dtype.element_ty).to(tl.float32)
+        store_block(Low, local, o_n, acc0, row_mask, 0, DV0, DV)
+        if DV1 > 0:
+            acc1 -= acc1.to(Out.dtype.element_ty).to(tl.float32)
+            store_block(Low, local, o_n, acc1, row_mask, DV0, DV1, DV)
     lse = tl.log2(tl.where(dead, 1.0, total)) * LN2
-    lse += peak if HAS_BIAS else peak * LN2
+    lse += peak if NATURAL else peak * LN2
     tl.store(Lse + local, tl.where(dead, -float("inf"), lse), mask=row_mask)

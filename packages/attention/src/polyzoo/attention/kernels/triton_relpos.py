@@ -31,20 +31,26 @@ def grid_valid(j, kh, KW: tl.constexpr, KWP: tl.constexpr):
 
 
 @triton.jit
-def width_term(base, i, stride, j, KW: tl.constexpr, KWP: tl.constexpr):
-    """rel_w[i, j % KWP] in log2 units, -inf for columns without a key; i and j broadcast."""
+def width_term(
+    base, i, stride, j, KW: tl.constexpr, KWP: tl.constexpr, NATURAL: tl.constexpr
+):  # fmt: skip
+    """rel_w[i, j % KWP] in log2 or NATURAL units, -inf for columns without a key; i and j broadcast."""
     x = j % KWP
     term = tl.load(base + i * stride + x, mask=(x < KW) & (i >= 0), other=-float("inf"))
-    return term.to(tl.float32) * LOG2E
+    term = term.to(tl.float32)
+    return term if NATURAL else term * LOG2E
 
 
 @triton.jit
-def height_term(base, i, stride, j, tile, kh, BN: tl.constexpr, KWP: tl.constexpr):
-    """rel_h[i, j // KWP] in log2 units, -inf below the grid; i and j broadcast."""
+def height_term(
+    base, i, stride, j, tile, kh,
+    BN: tl.constexpr, KWP: tl.constexpr, NATURAL: tl.constexpr,
+):  # fmt: skip
+    """rel_h[i, j // KWP] in log2 or NATURAL units, -inf below the grid; i and j broadcast."""
     if BN == KWP:
         term = tl.load(base + i * stride + tile).to(tl.float32)
     else:
         y = j // KWP
         term = tl.load(base + i * stride + y, mask=(y < kh) & (i >= 0), other=-float("inf"))
         term = term.to(tl.float32)
-    return term * LOG2E
+    return term if NATURAL else term * LOG2E

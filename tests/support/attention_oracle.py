@@ -11,7 +11,7 @@ import torch
 from polyzoo.attention.kernels.problem import Problem
 from torch import Tensor
 
-PARITY = Path(__file__).parents[1] / "attention" / "parity"
+PARITY = Path(__file__).parents[1] / "parity" / "attention"
 GRADIENTS = ("q", "k", "v", "bias", "rel_h", "rel_w")
 
 

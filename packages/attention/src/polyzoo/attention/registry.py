@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyzoo.attention import reference, sdpa
+from polyzoo.attention import reference, sdpa, triton
 from polyzoo.attention.limits import MATRIX_LIMIT
 from polyzoo.attention.types import Call
 from polyzoo.core.log import get_logger
@@ -77,6 +77,17 @@ class Backend:
 
 BACKENDS = (
     Backend(
+        name="triton",
+        summary="our Triton kernels: split head sizes, described masks, deterministic gradients",
+        forward=triton.forward,
+        devices=frozenset({"cuda"}),
+        min_cc=(8, 0),
+        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+        head_dims=triton.serves_head,
+        head_dims_text=f"multiples of 8 up to {triton.HEAD_DIM_LIMIT}",
+        available=triton.unavailable,
+    ),
+    Backend(
         name="sdpa",
         summary="torch's scaled_dot_product_attention and its packed kernels",
         forward=sdpa.forward,
@@ -91,7 +102,7 @@ BACKENDS = (
 )
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("sdpa", "reference"),
+    "cuda": ("triton", "sdpa", "reference"),
     "cpu": ("sdpa", "reference"),
 }
 """What `backend="auto"` tries, by device type."""

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from polyzoo.attention import DecomposedBias, attention, explain
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import backward
 from polyzoo.attention.kernels.launch_decode import decode, suits
@@ -197,3 +198,99 @@ def test_decode(kind, splits, dtype):
     wanted = exact(problem, torch.zeros_like(out))
     peer = torch_math(problem, torch.zeros_like(out))
     check({"o": out, "lse": lse}, wanted, peer, dtype)
+
+
+def make(b, h, n, d, dtype=torch.bfloat16, **options):
+    return [normal(dtype, b, h, n, d).requires_grad_(**options) for _ in range(3)]
+
+
+def test_front_door_takes_it():
+    q, k, v = make(1, 2, 100, 72)
+    assert explain(q, k, v).backend.name == "triton"
+    out = attention(q, k, v, causal=True)
+    out.sum().backward()
+    wanted = attention(q.double(), k.double(), v.double(), causal=True, backend="reference")
+    assert (out.double() - wanted).abs().max() < 2e-2
+    assert q.grad is not None
+    assert k.grad is not None
+
+
+def test_compiled_equals_eager():
+    q, k, v = make(2, 4, 128, 72)
+    lens = torch.tensor([128, 50], device=DEVICE)
+
+    def run(q, k, v):
+        return attention(q, k, v, kv_lens=lens, backend="triton")
+
+    eager = run(q, k, v)
+    grads = torch.autograd.grad(eager.float().square().sum(), (q, k, v))
+    made = torch.compile(run, fullgraph=True)(q, k, v)
+    again = torch.autograd.grad(made.float().square().sum(), (q, k, v))
+    assert torch.equal(eager, made)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+def test_graph_replay_sees_new_lengths():
+    q, k, v = (t.detach() for t in make(2, 4, 200, 64))
+    lens = torch.tensor([200, 200], device=DEVICE)
+    mask = torch.ones(2, 1, 200, 200, dtype=torch.bool, device=DEVICE)
+
+    def run():
+        return attention(q, k, v, kv_lens=lens, mask=mask, backend="triton")
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    lens.copy_(torch.tensor([7, 0]))
+    mask[0, :, :, :3] = False
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, run())
+    assert not out[1].any()
+
+
+def test_changed_mask_is_seen():
+    q, k, v = (t.detach() for t in make(1, 1, 200, 64))
+    mask = torch.ones(200, 200, dtype=torch.bool, device=DEVICE)
+    before = attention(q, k, v, mask=mask, backend="triton")
+    mask[:, 64:] = False
+    after = attention(q, k, v, mask=mask, backend="triton")
+    alone = attention(q, k[:, :, :64], v[:, :, :64], backend="triton")
+    assert not torch.equal(before, after)
+    assert (after - alone).abs().max() < 1e-2
+
+
+def test_values_of_masked_keys_do_not_leak():
+    q, k, v = (t.detach() for t in make(1, 2, 150, 72))
+    v[:, :, 100:], k[:, :, 120:] = torch.inf, torch.nan
+    lens = torch.tensor([100], device=DEVICE)
+    mask = (torch.arange(150, device=DEVICE) < 100).expand(150, 150)
+    wanted = attention(q, k[:, :, :100], v[:, :, :100], backend="triton")
+    for rule in ({"kv_lens": lens}, {"mask": mask}):
+        out = attention(q, k, v, **rule, backend="triton")
+        assert (out - wanted).abs().max() < 2e-2, rule
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "window", "kv_lens", "relpos"])
+def test_memory_does_not_grow_with_the_score_matrix(kind):
+    n = 32768
+    q, k, v = make(1, 1, n, 64)
+    rules: dict = {}
+    if kind == "causal":
+        rules = {"causal": True}
+    if kind == "window":
+        rules = {"window": (256, 0)}
+    if kind == "kv_lens":
+        rules = {"kv_lens": torch.tensor([20000], device=DEVICE)}
+    if kind == "relpos":
+        rules = {"bias": DecomposedBias(normal(q.dtype, 1, 1, n, 256), normal(q.dtype, 1, 1, n, 128))}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attention(q, k, v, **rules, backend="triton")
+    out.backward(torch.ones_like(out))
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 16 * q.numel() * q.element_size(), extra  # the scores would take 2 GiB

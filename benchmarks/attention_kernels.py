@@ -162,7 +162,7 @@ def largest_error(problem: Problem, out: torch.Tensor) -> float:
     return (out[:1, :1, rows].double() - exact).abs().max().item()
 
 
-def measure(case: Case):
+def measure(case: Case, target_ms: float):
     """Rows of one case: forward, then forward and backward."""
     torch.manual_seed(0)
     problem = case.build()
@@ -176,7 +176,7 @@ def measure(case: Case):
         for label, run in runs:
             try:
                 timed = with_backward(run, tensors) if backward else run
-                times[label] = round(median_ms(timed, target_ms=20.0), 5)
+                times[label] = round(median_ms(timed, target_ms=target_ms), 5)
             except Exception as error:
                 print(f"{case.name} {name} {label}: {str(error)[:120]}", file=sys.stderr)
         peer_times = {k: v for k, v in times.items() if k != "triton"}
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--target-ms", type=float, default=20.0, help="GPU time per measurement")
     options = parser.parse_args()
     names = options.cases.split(",")
     began = time.time()
@@ -230,7 +231,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     with options.out.open("w") as file:
         for name in names:
-            for row in measure(BY_NAME[name]):
+            for row in measure(BY_NAME[name], options.target_ms):
                 file.write(json.dumps({**row, "device": device, "torch": torch.__version__}) + "\n")
                 file.flush()
                 ratios = " ".join(f"{k} {v:.2f}" for k, v in row["ratios"].items())

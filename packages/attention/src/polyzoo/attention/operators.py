@@ -38,7 +38,7 @@ def attention_forward(
     keep_low: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp, and what rounding took from the output (empty unless `keep_low`)."""
-    from polyzoo.attention.kernels import launch, launch_decode
+    from polyzoo.attention.kernels import launch, launch_decode, launch_short
     from polyzoo.attention.kernels.problem import Problem, heads_last
 
     problem = Problem(
@@ -60,11 +60,15 @@ def attention_forward(
         right=right,
         dropout=dropout,
     )
-    if not keep_low:
-        run = launch_decode.decode if launch_decode.suits(problem) else launch.forward
-        return (*run(problem), q.new_empty(0))
-    low = heads_last(q, v.shape[3])
-    return (*launch.forward(problem, low=low), low)
+    few_keys = launch_short.suits(problem)
+    if keep_low:
+        low = heads_last(q, v.shape[3])
+        run = launch_short.forward if few_keys else launch.forward
+        return (*run(problem, low=low), low)
+    if launch_decode.suits(problem):
+        return (*launch_decode.decode(problem), q.new_empty(0))
+    run = launch_short.forward if few_keys else launch.forward
+    return (*run(problem), q.new_empty(0))
 
 
 @attention_forward.register_fake

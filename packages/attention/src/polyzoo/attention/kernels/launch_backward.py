@@ -113,12 +113,15 @@ def backward(
 
 def _zeros(problem: Problem, wanted: Wanted) -> Gradients:
     def zeros(tensor: Tensor | None, asked: bool) -> Tensor | None:
-        return torch.zeros_like(tensor) if asked and tensor is not None else None
+        return tensor.new_zeros(tensor.shape) if asked and tensor is not None else None
+
+    def zero_heads(tensor: Tensor, asked: bool) -> Tensor | None:
+        return heads_last(tensor, tensor.shape[3]).zero_() if asked else None
 
     return Gradients(
-        q=zeros(problem.q, wanted.q),
-        k=zeros(problem.k, wanted.kv),
-        v=zeros(problem.v, wanted.kv),
+        q=zero_heads(problem.q, wanted.q),
+        k=zero_heads(problem.k, wanted.kv),
+        v=zero_heads(problem.v, wanted.kv),
         bias=zeros(problem.bias, wanted.bias),
         rel_h=zeros(problem.rel_h, wanted.q),
         rel_w=zeros(problem.rel_w, wanted.q),
@@ -183,8 +186,9 @@ def _keys_and_values(
         lambda: _plan_kv(problem, dout, config, parts, careful),
     )
     if plan.parts > 1:
+        b, heads, m, _ = problem.k.shape
         dk, dv = (
-            torch.empty((plan.parts, *t.shape), dtype=torch.float32, device=t.device)
+            torch.empty((plan.parts, b, m, heads, t.shape[3]), dtype=torch.float32, device=t.device)
             for t in (problem.k, problem.v)
         )
     else:
@@ -201,7 +205,7 @@ def _keys_and_values(
         problem.rng,
     )
     if plan.parts > 1:
-        dk, dv = dk.sum(0).to(problem.k.dtype), dv.sum(0).to(problem.v.dtype)
+        dk, dv = (t.sum(0).to(problem.k.dtype).transpose(1, 2) for t in (dk, dv))
     return dk, dv
 
 
@@ -225,12 +229,8 @@ def _plan_kv(
         enough = 2 * processors(problem.q.device)
         parts = max(1, min(_MAX_PARTS, query_tiles, enough // programs))
     # Strides of the results in units of 8 elements, as allocated by `_keys_and_values`.
-    if parts > 1:
-        places = [(size * heads * m // 8, size * m // 8, size // 8) for size in (d, dv)]
-        steps = [b * heads * m * size // 8 for size in (d, dv)]
-    else:
-        places = [(size * heads * m // 8, size // 8, size * heads // 8) for size in (d, dv)]
-        steps = [0, 0]
+    places = [(size * heads * m // 8, size // 8, size * heads // 8) for size in (d, dv)]
+    steps = [b * heads * m * size // 8 for size in (d, dv)]
     main, align = _inputs(problem, dout)
     start = Start(
         backward_kv_kernel,
@@ -339,7 +339,7 @@ def _plan_q(problem: Problem, dout: Tensor, config: TileConfig | None, careful: 
 def _bias(problem: Problem, bias: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
     if bias.shape[-1] == 1 < problem.keys:
         # The same for every key: softmax does not see it.
-        return torch.zeros_like(bias)
+        return bias.new_zeros(bias.shape)
     dout = statistics[0]
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     start = prepared(

@@ -103,7 +103,7 @@ def _plan(problem: Problem, config: TileConfig | None, splits: int | None) -> _P
             **{
                 name: value
                 for name, value in problem.constants.items()
-                if name not in ("PACKED", "KW", "KWP", "DROPOUT")
+                if name not in ("PACKED", "NATURAL", "KW", "KWP", "DROPOUT")
             },
             "ALIGN": align,
             "ROWS": max(16, 1 << (problem.group * n - 1).bit_length()),

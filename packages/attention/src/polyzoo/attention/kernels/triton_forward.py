@@ -29,7 +29,8 @@ def _key_step(
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, DROPOUT: tl.constexpr,
-    RAW: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    RAW: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add one key tile to the running maximum, sum and accumulators."""
     start = tile * BN
@@ -80,7 +81,7 @@ def _key_step(
             # A key no row of the tile sees must not leak an inf or NaN of its value row.
             key_mask = key_mask & (tl.max(keep.to(tl.int32), 0) > 0)
         s = tl.where(keep, s, -float("inf"))
-    if RAW:
+    if RAW and not LOW:
         # s is unscaled here: the scale is folded into the exponent's multiply-add.
         new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
         pivot = new_peak
@@ -88,6 +89,13 @@ def _key_step(
             pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
         p = tl.exp2(s * scale - pivot[:, None])
         decay = tl.exp2(peak - pivot)
+    elif RAW:
+        # A multiply-add would leave the largest probability beside 1 by the rounding of its score;
+        # the backward pass would see that in the last bits of the output. `peak` is unscaled.
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        p = tl.exp2((s - pivot[:, None]) * scale)
+        decay = tl.exp2((peak - pivot) * scale)
     else:
         new_peak = tl.maximum(peak, tl.max(s, 1))
         pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -212,7 +220,7 @@ def forward_kernel(
             scale, threshold, K, V, k_n, v_n, KD0, KD1, VD0, VD1,
             Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Rng,
             D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL, KW, KWP,
-            DROPOUT, RAW, TMA, PRECISION, False,
+            DROPOUT, RAW, TMA, LOW, PRECISION, False,
         )  # fmt: skip
     if EDGES:
         for t in tl.range(edge_lo, edge_hi):
@@ -223,7 +231,7 @@ def forward_kernel(
                 scale, threshold, K, V, k_n, v_n, KD0, KD1, VD0, VD1,
                 Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Rng,
                 D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL, KW, KWP,
-                DROPOUT, RAW, TMA, PRECISION, True,
+                DROPOUT, RAW, TMA, LOW, PRECISION, True,
             )  # fmt: skip
 
     dead = total == 0.0
@@ -242,5 +250,7 @@ def forward_kernel(
             acc1 -= acc1.to(Out.dtype.element_ty).to(tl.float32)
             store_block(Low, local, o_n, acc1, row_mask, DV0, DV1, DV)
     lse = tl.log2(tl.where(dead, 1.0, total)) * LN2
+    if RAW and LOW:
+        peak = peak * scale
     lse += peak if NATURAL else peak * LN2
     tl.store(Lse + local, tl.where(dead, -float("inf"), lse), mask=row_mask)

@@ -108,6 +108,8 @@ def packed(problem: Problem):
     b, h, n, d = problem.q.shape
     lens = [problem.keys] * b if problem.kv_lens is None else problem.kv_lens.tolist()
     square = problem.keys == n
+    # Detached: gradient nodes made here would tie a later graph capture to this stream.
+    problem = replace(problem, **{x: getattr(problem, x).detach() for x in ("q", "k", "v")})
     lengths = CuSeqlens.from_lengths(lens if square else [n] * b, lens, device="cuda")
     q = problem.q.transpose(1, 2)
     k, v = (t.transpose(1, 2) for t in (problem.k, problem.v))

@@ -21,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how many damaged files each fuzz test tries (default 2000)",
     )
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=20,
+        metavar="N",
+        help="how often a training run is killed while it saves, and resumed (default 20)",
+    )
 
 
 @pytest.fixture

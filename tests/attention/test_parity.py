@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.attention import DEVICES, Case, errors, load_cases, math_errors
-from support.parity import case_folders
 
 from polyzoo.attention import attention
+from support.attention import DEVICES, Case, errors, load_cases, math_errors
+from support.parity import case_folders
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 HUGE_LIMITS = {"o": 1e-2, "dq": 1e-3, "dk": 1e-3, "dv": 5e-2}
@@ -17,7 +17,8 @@ HUGE_LIMITS = {"o": 1e-2, "dq": 1e-3, "dk": 1e-3, "dv": 5e-2}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = [
-            case for folder in case_folders(metafunc.config, "attention")
+            case
+            for folder in case_folders(metafunc.config, "attention")
             for case in load_cases(folder)
         ]
         metafunc.parametrize("case", cases, ids=[case.name for case in cases])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -114,9 +115,7 @@ def test_results_are_the_same_without_gradients(call: tuple[Any, Any]):
 @st.composite
 def packed_calls(draw: st.DrawFn) -> tuple[list[tuple[int, int]], dict[str, Any], int]:
     lengths = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6))
-    options = draw(
-        st.sampled_from([{}, {"causal": True}, {"window": (2, 1)}, {"window": (3, -1)}])
-    )
+    options = draw(st.sampled_from([{}, {"causal": True}, {"window": (2, 1)}, {"window": (3, -1)}]))
     dropout = draw(st.sampled_from([{}, {"dropout": 0.3, "generator": torch.tensor([5, 0])}]))
     return lengths, {**options, **dropout}, draw(st.integers(1, 2))
 
@@ -178,9 +177,7 @@ class TestIdentities:
         order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
         mask = torch.rand(2, 1, 30, 40, generator=torch.Generator().manual_seed(1)) < 0.6
         out = attention(q, k, v, mask=mask, backend=backend)
-        moved = attention(
-            q, k[:, :, order], v[:, :, order], mask=mask[..., order], backend=backend
-        )
+        moved = attention(q, k[:, :, order], v[:, :, order], mask=mask[..., order], backend=backend)
         torch.testing.assert_close(out, moved, rtol=1e-11, atol=1e-11)
 
     @pytest.mark.parametrize("cuts", [[13], [0, 40], [5, 6, 30]])
@@ -194,7 +191,7 @@ class TestIdentities:
             attention(
                 q, k[:, :, a:b], v[:, :, a:b], mask=mask[..., a:b], return_lse=True, backend=backend
             )
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in pairwise(bounds)
         ]
         merged = merge_states([out for out, _ in parts], [lse for _, lse in parts])
         torch.testing.assert_close(merged[0], whole[0], rtol=1e-11, atol=1e-11)

@@ -1,4 +1,4 @@
-"""Configs are read strictly, in JSON and YAML alike, and every fault names field, value and rule."""
+"""Configs are read strictly, JSON and YAML alike; every fault names field, value and rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files of every kind raise our errors and no others; `--fuzz N` sets how many are tried."""
+"""Damaged files of every kind raise our errors only; `--fuzz N` sets how many are tried."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.configs import Fuzzed
 
 from polyzoo.core.config import load
 from polyzoo.core.errors import PolyzooError
 from polyzoo.core.weights import read_weights, write_weights
+from support.configs import Fuzzed
 
 YAML = b"""\
 steps: 10
@@ -32,9 +32,11 @@ JSON = (
 )
 TOKENS = [
     b"[", b"]", b"{", b"}", b":", b",", b"- ", b"&a ", b"*a", b"!!int ", b"!x", b"<<: ", b'"', b"'",
-    b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\t", b"\r", b"#", b"|", b">", b"%", b"---\n", b"...",
-    b"1e999", b"-", b"9" * 400, b"9" * 5000, b"0x", b"NaN", b"Infinity", b"null", b"~", b"[" * 2000, b"{\"a\":" * 500,
-    b"\\ud800", b"\\u0000", b"\xe2\x80\xa8", b"? ", b"steps", b"inner:\n  ", b"true",
+    b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\t", b"\r", b"#", b"|", b">", b"%",
+    b"---\n", b"...", b"1e999", b"-",
+    b"9" * 400, b"9" * 5000, b"0x", b"NaN", b"Infinity", b"null", b"~",
+    b"[" * 2000, b"{\"a\":" * 500, b"\\ud800", b"\\u0000", b"\xe2\x80\xa8", b"? ", b"steps",
+    b"inner:\n  ", b"true",
 ]  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support.cli import child_environment, run_python
 
 from polyzoo.core.errors import LockedError, PolyzooError
 from polyzoo.core.io import (
@@ -23,6 +22,7 @@ from polyzoo.core.io import (
     remove_stale,
     sha256_file,
 )
+from support.cli import child_environment, run_python
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -201,12 +201,12 @@ def test_lock_names_its_holder_and_is_freed_by_death(tmp_path: Path) -> None:
 
 
 def test_lock_excludes_within_a_process_and_opens_again(tmp_path: Path) -> None:
-    with FolderLock(tmp_path / "new", purpose="one"):
-        with (
-            pytest.raises(LockedError, match=r"one"),
-            FolderLock(tmp_path / "new", purpose="two"),
-        ):
-            pass
+    with (
+        FolderLock(tmp_path / "new", purpose="one"),
+        pytest.raises(LockedError, match=r"one"),
+        FolderLock(tmp_path / "new", purpose="two"),
+    ):
+        pass
     with FolderLock(tmp_path / "new", purpose="two"):
         pass
 

@@ -235,7 +235,7 @@ def test_shards_may_not_leave_the_folder(tmp_path: Path, name: Any) -> None:
     (folder / "sub").mkdir(parents=True)
     for place in (tmp_path, folder / "sub"):
         save_file({"a": torch.ones(2)}, place / "out.safetensors")
-    with pytest.raises(WeightsError, match="is not a .safetensors file of the same folder"):
+    with pytest.raises(WeightsError, match=r"is not a \.safetensors file of the same folder"):
         read_weights(index_with(folder, {"a": name}))
 
 
@@ -271,7 +271,7 @@ def test_missing_files_are_called_missing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds neither model\.safetensors nor"):
         read_weights(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match="pytorch_model.bin is a pickle, which must be convert"):
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin is a pickle, which must be"):
         read_weights(tmp_path)
 
 
@@ -339,7 +339,9 @@ def test_malicious_pickles_never_run(tmp_path: Path, name: str, form: str) -> No
         path.write_bytes(pickle.dumps(payload["b"]))
     else:
         torch.save(payload, path, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(WeightsError, match=r"bad\.pt: (refused, since reading it could run|is dam)"):
+    with pytest.raises(
+        WeightsError, match=r"bad\.pt: (refused, since reading it could run|is dam)"
+    ):
         convert_pickle(path)
     assert not flag.exists()
 

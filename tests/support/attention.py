@@ -123,8 +123,11 @@ def philox_words(
     word = np.uint64(0xFFFFFFFF)
     c0, c1, c2 = (
         np.broadcast_to(part, (len(batch_heads), n, m)).astype(np.uint64)
-        for part in (positions[1][None, None, :], positions[0][None, :, None],
-                     batch_heads[:, None, None])
+        for part in (
+            positions[1][None, None, :],
+            positions[0][None, :, None],
+            batch_heads[:, None, None],
+        )
     )
     c3 = np.zeros_like(c0)
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -150,7 +153,9 @@ def math_errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]
     if "bias" in inputs:
         additive = additive + inputs["bias"]
     if "rel_h" in inputs:
-        additive = additive + (inputs["rel_h"][..., None] + inputs["rel_w"][..., None, :]).flatten(-2)
+        additive = additive + (inputs["rel_h"][..., None] + inputs["rel_w"][..., None, :]).flatten(
+            -2
+        )
     additive = additive.masked_fill(~seen, -torch.inf)
     keep = None
     if case.options["dropout_p"]:
@@ -187,7 +192,9 @@ def _kept(case: Case) -> np.ndarray:
     m = case.arrays["k"].shape[2]
     kept = np.zeros((b, h, n, m), dtype=bool)
     p = case.options["dropout_p"]
-    for index, (item, q0, q1, k0, k1) in enumerate(case._sequences(b, n, case.arrays["k"].shape[2])):
+    for index, (item, q0, q1, k0, k1) in enumerate(
+        case._sequences(b, n, case.arrays["k"].shape[2])
+    ):
         number = index if case.packed else item
         rows, columns = q1 - q0, (k1 - k0) if case.packed else m
         words = philox_words(

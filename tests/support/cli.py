@@ -22,15 +22,16 @@ def run_cli(
     cwd: str | Path | None = None,
     stdin: str | None = None,
     timeout: float = 120,
+    path: str | Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `polyzoo ARGUMENTS` and return its exit status, stdout and stderr as text.
+    """Run `polyzoo ARGUMENTS`, with `path` importable too; return status, stdout and stderr.
 
     Works from the sources too: where the packages are not installed, their entry points are
     written to a folder that only the child sees.
     """
     return subprocess.run(
         [sys.executable, "-m", "polyzoo.core", *map(str, arguments)],
-        env={**child_environment(), **(env or {})},
+        env={**child_environment(path), **(env or {})},
         cwd=cwd,
         input=stdin,
         capture_output=True,
@@ -54,9 +55,9 @@ def run_python(
     )
 
 
-def child_environment() -> dict[str, str]:
+def child_environment(path: str | Path | None = None) -> dict[str, str]:
     """The environment in which a child process finds the packages and their commands."""
-    paths = [str(source) for source in SOURCES]
+    paths = [*([str(path)] if path else []), *(str(source) for source in SOURCES)]
     extra = _entry_point_folder()
     inherited = os.environ.get("PYTHONPATH", "")
     joined = os.pathsep.join(

@@ -11,14 +11,14 @@ from polyzoo.core.lazy import attach
 
 if TYPE_CHECKING:
     from polyzoo.attention.api import attention as attention
-    from polyzoo.attention.api import explain as explain
+    from polyzoo.attention.explaining import explain as explain
+    from polyzoo.attention.merge import merge_states as merge_states
     from polyzoo.attention.registry import Backend as Backend
     from polyzoo.attention.registry import Choice as Choice
     from polyzoo.attention.registry import Request as Request
     from polyzoo.attention.registry import backends as backends
     from polyzoo.attention.registry import choose as choose
     from polyzoo.attention.registry import use_backend as use_backend
-    from polyzoo.attention.merge import merge_states as merge_states
     from polyzoo.attention.types import CuSeqlens as CuSeqlens
     from polyzoo.attention.types import DecomposedBias as DecomposedBias
 
@@ -33,7 +33,7 @@ __getattr__, __dir__, __all__ = attach(
         "attention": ".api",
         "backends": ".registry",
         "choose": ".registry",
-        "explain": ".api",
+        "explain": ".explaining",
         "merge_states": ".merge",
         "use_backend": ".registry",
     },

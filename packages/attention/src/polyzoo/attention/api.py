@@ -1,8 +1,7 @@
-"""`attention`: the one function every model calls; `explain`: who would serve it."""
+"""`attention`: the one function every model calls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import index
 from typing import Literal, overload
 
@@ -10,13 +9,17 @@ import torch
 from torch import Tensor
 
 from polyzoo.attention import checks
-from polyzoo.attention.registry import BIT, Choice, Request, choose, decide, forwards, requested
-from polyzoo.attention.limits import MATRIX_LIMIT
+from polyzoo.attention.features import (
+    BIT,
+    Precision,
+    bias_features,
+    precision_feature,
+    shape_features,
+)
+from polyzoo.attention.limits import matrix_scores
 from polyzoo.attention.philox import draw_rng
+from polyzoo.attention.registry import Request, choose, forwards, requested
 from polyzoo.attention.types import Call, CuSeqlens, DecomposedBias
-
-Precision = Literal["exact", "int8", "fp8"]
-_LARGEST_ITEM = 8  # bytes of a score, at most
 
 
 @overload
@@ -92,8 +95,8 @@ def attention(
         q: Queries `(b, h, n, d)`, any strides with neighbouring channels.
         k: Keys `(b, hk, m, d)`; query head i uses key head `i // (h // hk)`.
         v: Values `(b, hk, m, dv)`.
-        causal: See key j only if `j <= i + delta`. torch aligns `is_causal` at the top left instead:
-            the same for n == m only.
+        causal: See key j only if `j <= i + delta`. torch aligns `is_causal` at the top left
+            instead: the same for n == m only.
         window: `(left, right)`: see `i + delta - left <= j <= i + delta + right`; -1 is unbounded.
         kv_lens: int32/int64 `(b,)`, valid keys of each batch item, 0 allowed.
         cu_seqlens: Packed batch: b is 1 and the sequences follow one another along the length.
@@ -103,8 +106,8 @@ def attention(
         dropout: Probability in [0, 1) of dropping an attention probability; the others are divided
             by `1 - dropout`. Which are dropped depends on seed and position only, so all backends
             agree.
-        generator: Draws the seed of dropout; torch's own if left out. An int64 tensor (seed, offset)
-            on q's device gives the state itself.
+        generator: Draws the seed of dropout; torch's own if left out. An int64 tensor (seed,
+            offset) on q's device gives the state itself.
         return_lse: Also return the natural log-sum-exp of the scores, `(b, h, n)` fp32 (fp64 for
             fp64 inputs), not differentiable.
         precision: "exact"; "int8" and "fp8" need a backend that has them.
@@ -113,8 +116,8 @@ def attention(
         backend: "auto", or a name from `backends()`, which then never falls back.
 
     Returns:
-        `(b, h, n, dv)` in q's dtype, laid out in memory as `(b, n, h, dv)` so that merging the heads
-        costs no copy; with `return_lse` also the log-sum-exp.
+        `(b, h, n, dv)` in q's dtype, laid out in memory as `(b, n, h, dv)` so that merging the
+        heads costs no copy; with `return_lse` also the log-sum-exp.
 
     Raises:
         ValueError: Shapes, lengths, values or devices break a rule, or no backend serves the call.
@@ -127,7 +130,26 @@ def attention(
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = _autocast(q, k, v)
-    features = _shape_features(q, k, v)
+        with torch.autocast(q.device.type, enabled=False):  # what runs in fp32 must stay so
+            return attention(  # pyright: ignore[reportCallIssue]
+                q,
+                k,
+                v,
+                causal=causal,
+                window=window,
+                kv_lens=kv_lens,
+                cu_seqlens=cu_seqlens,
+                mask=mask,
+                bias=bias,
+                scale=scale,
+                dropout=dropout,
+                generator=generator,
+                return_lse=return_lse,  # pyright: ignore[reportArgumentType]
+                precision=precision,
+                deterministic=deterministic,
+                backend=backend,
+            )
+    features = shape_features(q, k, v)
     dtype, device = q.dtype, q.device
     if k.dtype != dtype or v.dtype != dtype or dtype not in checks.FLOATS:
         raise checks.bad_dtypes(q, k, v)
@@ -157,16 +179,15 @@ def attention(
         features |= BIT["mask"]
     if bias is not None:
         bias = checks.check_bias(bias, q, (b, h, n, m))
-        features |= _bias_features(bias)
+        features |= bias_features(bias)
     if dropout:
         features |= BIT["dropout"]
     if return_lse:
         features |= BIT["lse"]
     if precision != "exact":
-        features |= _precision_feature(precision)
+        features |= precision_feature(precision)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         features |= BIT["backward"]
-    scores = b * h * n * m
     call = Call(
         q,
         k,
@@ -183,7 +204,7 @@ def attention(
         return_lse,
         deterministic,
     )
-    scores = scores if scores * _LARGEST_ITEM > MATRIX_LIMIT else 0
+    scores = matrix_scores(b, h, n, m)
     if torch.compiler.is_compiling():
         # operator.index fixes a symbolic size: head sizes always, the matrix only where it is huge.
         d, dv, scores = index(d), index(v.shape[3]), index(scores)
@@ -197,129 +218,6 @@ def attention(
         return out
     assert lse is not None  # noqa: S101 - every backend returns what was asked for
     return out, lse
-
-
-def explain(
-    q: Tensor | Sequence[int],
-    k: Tensor | Sequence[int],
-    v: Tensor | Sequence[int],
-    *,
-    causal: bool = False,
-    window: tuple[int, int] | None = None,
-    kv_lens: Tensor | Sequence[int] | None = None,
-    cu_seqlens: CuSeqlens | None = None,
-    mask: Tensor | Sequence[int] | None = None,
-    bias: Tensor | DecomposedBias | Sequence[int] | None = None,
-    dropout: float = 0.0,
-    return_lse: bool = False,
-    precision: Precision = "exact",
-    backward: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    backend: str = "auto",
-) -> Choice:
-    """Say which backend serves a call and why the others do not; computes nothing.
-
-    Args:
-        q: Queries: a tensor (a meta tensor will do) or its shape.
-        k: Keys, likewise.
-        v: Values, likewise.
-        causal: As for `attention`.
-        window: As for `attention`.
-        kv_lens: As for `attention`, or its shape.
-        cu_seqlens: As for `attention`.
-        mask: As for `attention`, or its shape.
-        bias: As for `attention`, or the shape of a dense one.
-        dropout: As for `attention`.
-        return_lse: As for `attention`.
-        precision: As for `attention`.
-        backward: Gradients are wanted, where q, k and v do not say so themselves.
-        device: Where the call would run; the device of q if left out.
-        dtype: In which dtype; that of q, or fp32 for shapes.
-        backend: As for `attention`.
-
-    Returns:
-        The choice; print it for one line per refused backend. Its `backend` is None if nobody serves.
-
-    Raises:
-        ValueError: The shapes do not fit, or the backend does not exist.
-
-    Example:
-        >>> explain((2, 8, 16, 64), (2, 8, 16, 64), (2, 8, 16, 64), device="cpu").backend.name
-        'sdpa'
-    """
-    given = q.device if isinstance(q, Tensor) else "cpu"
-    q, k, v = (
-        t if isinstance(t, Tensor) else torch.empty(tuple(t), device="meta", dtype=dtype)
-        for t in (q, k, v)
-    )
-    features = _shape_features(q, k, v)
-    if causal or window is not None:
-        left, right = checks.band(causal, window)
-        features |= BIT["causal"] if left < 0 and right == 0 else BIT["window"]
-    asked = {
-        "varlen": cu_seqlens is not None,
-        "kv_lens": kv_lens is not None,
-        "mask": mask is not None,
-        "dropout": dropout > 0,
-        "lse": return_lse,
-        "backward": backward or q.requires_grad or k.requires_grad or v.requires_grad,
-    }
-    for name, wanted in asked.items():
-        features |= BIT[name] if wanted else 0
-    if isinstance(bias, (Tensor, DecomposedBias)):
-        features |= _bias_features(bias)
-    elif bias is not None:
-        features |= BIT["bias"]
-    if precision != "exact":
-        features |= _precision_feature(precision)
-    n, m = (
-        (q.shape[2], k.shape[2]) if cu_seqlens is None else (cu_seqlens.max_q, cu_seqlens.max_k)
-    )
-    scores = q.shape[0] * q.shape[1] * n * m
-    request = Request(
-        torch.device(device if device is not None else given),
-        dtype or q.dtype,
-        q.shape[3],
-        v.shape[3],
-        features,
-        scores if scores * _LARGEST_ITEM > MATRIX_LIMIT else 0,
-    )
-    return decide(request, requested(backend))
-
-
-def _shape_features(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Check that the three shapes agree, and return what they ask for."""
-    try:
-        b, h, _, d = q.shape
-        bk, hk, m, dk = k.shape
-        bv, hv, mv, dv = v.shape
-    except (ValueError, AttributeError, TypeError):
-        raise checks.bad_shapes(q, k, v) from None
-    if bk != b or bv != b or mv != m or dk != d or d == 0 or hv != hk:
-        raise checks.bad_shapes(q, k, v)
-    features = 0
-    if h != hk:
-        if hk == 0 or h % hk:
-            raise checks.bad_shapes(q, k, v)
-        features = BIT["gqa"]
-    return features if dv == d else features | BIT["dv_ne_d"]
-
-
-def _bias_features(bias: Tensor | DecomposedBias) -> int:
-    if isinstance(bias, DecomposedBias):
-        wants_grad = bias.rel_h.requires_grad or bias.rel_w.requires_grad
-        features = BIT["relpos"]
-    else:
-        wants_grad = bias.requires_grad
-        features = BIT["bias"]
-    return features | BIT["bias_grad"] if wants_grad and torch.is_grad_enabled() else features
-
-
-def _precision_feature(precision: str) -> int:
-    if precision not in ("int8", "fp8"):
-        raise ValueError(f'precision is {precision!r}; use "exact", "int8" or "fp8"')
-    return BIT[precision]
 
 
 def _rng(

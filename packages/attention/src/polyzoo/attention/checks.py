@@ -77,7 +77,7 @@ def dense_channels(tensor: Tensor, name: str) -> Tensor:
     if size > _COPY_LIMIT:
         raise ValueError(
             f"{name} has stride {tensor.stride(-1)} along its channels (shape "
-            f"{tuple(tensor.shape)}, strides {tensor.stride()}); they must be neighbours in memory. "
+            f"{tuple(tensor.shape)}, strides {tensor.stride()}); channels must be neighbours. "
             f"Call {name}.contiguous() first: {size:,} bytes are not copied silently"
         )
     return tensor.contiguous()
@@ -101,9 +101,7 @@ def band(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def broadcastable(
-    tensor: Tensor, name: str, q: Tensor, shape: tuple[int, int, int, int]
-) -> Tensor:
+def broadcastable(tensor: Tensor, name: str, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Return the mask or bias with four axes, each 1 or full."""
     if tensor.device != q.device:
         raise bad_devices(q, tensor, name)

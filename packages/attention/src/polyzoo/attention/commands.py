@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from polyzoo.attention.api import explain
 from polyzoo.attention.cli import BackendsConfig, ExplainConfig
-from polyzoo.attention.registry import AUTO_ORDER, FEATURES, Backend, backends
+from polyzoo.attention.explaining import explain
+from polyzoo.attention.features import FEATURES
+from polyzoo.attention.registry import AUTO_ORDER, Backend, backends
 from polyzoo.attention.types import CuSeqlens, DecomposedBias
 from polyzoo.core.errors import UsageError
 
@@ -164,5 +165,7 @@ def _shape(text: str, flag: str, axes: int) -> tuple[int, ...]:
     except ValueError:
         shape = ()
     if len(shape) != axes or min(shape) < 0:
-        raise UsageError(f"--{flag} {text}: give {axes} sizes with commas between, as in 2,16,4096,72")
+        raise UsageError(
+            f"--{flag} {text}: give {axes} sizes with commas between, as in 2,16,4096,72"
+        )
     return shape

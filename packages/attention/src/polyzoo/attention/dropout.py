@@ -70,6 +70,7 @@ def _packed_on_cpu(call: Call) -> tuple[Tensor, Tensor]:
 
 def _in_chunks(call: Call, visible: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
     """Attend some batch items and queries at a time; `first` is the number of the first item."""
+    assert call.rng is not None  # noqa: S101 - our caller's promise
     b, h, n, m = *call.q.shape[:3], call.k.shape[2]
     bias = call.bias.dense() if isinstance(call.bias, DecomposedBias) else call.bias
     while visible is not None and visible.dim() < 4:

@@ -21,12 +21,12 @@ def band_mask(
     Returns:
         bool `(n, m)`, or `(b, 1, n, m)`.
     """
-    distance = keys - (queries.unsqueeze(-1) + delta)
+    at = queries.unsqueeze(-1) + delta  # compared as they are: a difference would be n x m int64
     if left < 0:
-        return distance <= right
+        return keys <= at + right
     if right < 0:
-        return distance >= -left
-    return (distance <= right) & (distance >= -left)
+        return keys >= at - left
+    return (keys <= at + right) & (keys >= at - left)
 
 
 def effective_band(n: int, m: int, left: int, right: int) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def visible_keys(
     mask: Tensor | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Combine every rule into one bool mask broadcastable to `(b, h, n, m)`; None if all is seen."""
+    """Combine every rule into one bool mask broadcastable to `(b, h, n, m)`, or None."""
     visible = None if kv_lens is None else length_mask(kv_lens, m)
     if left >= 0 or right >= 0:
         lengths = m if kv_lens is None else kv_lens.clamp(0, m)[:, None, None, None]

@@ -1,8 +1,10 @@
-"""Random numbers that depend on their position only, so every backend drops the same probabilities."""
+"""Random numbers that depend on their position only: every backend drops the same ones."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -42,8 +44,8 @@ def keep_mask(
 ) -> Tensor:
     """Tell which probabilities dropout keeps: bool `(batch, heads, queries, keys)`.
 
-    The word of (b, h, i, j) has the seed as key and `(j, i, b * heads + h, offset)` as counter; it is
-    kept iff `word * 2**-32 >= dropout`.
+    The word of (b, h, i, j) has the seed as key and `(j, i, b * heads + h, offset)` as counter; it
+    is kept iff `word * 2**-32 >= dropout`.
 
     Args:
         rng: int64 `(2,)`, seed and offset.
@@ -53,7 +55,15 @@ def keep_mask(
         keys: Number of keys.
         dropout: Probability of dropping.
     """
+    # A float times a power of two is exact, and torch would compare with a float in fp32.
+    threshold = math.ceil(dropout * 2.0**32)
     device = rng.device
+    if device.type == "cuda" and not torch.compiler.is_compiling() and _has_triton():
+        from polyzoo.attention.kernels import dropout_mask
+
+        return dropout_mask.keep_mask(
+            rng, batch=batch, heads=heads, queries=queries, keys=keys, threshold=threshold
+        )
     seed, offset = rng[0], rng[1]
     head = torch.arange(heads, device=device)
     batch_head = (batch.to(torch.int64)[:, None] * heads + head)[..., None, None]
@@ -66,9 +76,13 @@ def keep_mask(
             offset & _WORD,
         ),
     )
-    # A float times a power of two is exact, and torch would compare with a float in fp32.
-    kept = word >= math.ceil(dropout * 2.0**32)
+    kept = word >= threshold
     return kept.expand(batch.shape[0], heads, queries.shape[0], keys)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def draw_rng(generator: torch.Generator | Tensor | None, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batches of unequal lengths on torch's kernels: cut or mask what is padding, never attend to it."""
+"""Batches of unequal lengths on torch's kernels: padding is cut off or masked."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def _cut(call: Call, length: int) -> Call:
         bias = bias[..., :length]
     if mask is not None and mask.shape[3] != 1:
         mask = mask[..., :length]
-    return call._replace(
-        k=call.k[:, :, :length], v=call.v[:, :, :length], mask=mask, bias=bias
-    )
+    return call._replace(k=call.k[:, :, :length], v=call.v[:, :, :length], mask=mask, bias=bias)
 
 
 def _item_by_item(call: Call, lengths: list[int], dense: Dense) -> Result:
@@ -130,8 +128,8 @@ def _by_runs(call: Call, lengths: CuSeqlens, dense: Dense) -> Result:
     call = call._replace(cu_seqlens=None)
     # split is one node of the graph: slicing would make a full-size gradient per run. Along the
     # first axis the pieces of its gradient are joined by plain copies.
-    q_sizes = [run.count * run.q_length for run in runs]
-    k_sizes = [run.count * run.k_length for run in runs]
+    q_sizes = [run.sequences * run.q_length for run in runs]
+    k_sizes = [run.sequences * run.k_length for run in runs]
     q_runs, k_runs, v_runs = (
         tokens[0].transpose(0, 1).split(sizes)
         for tokens, sizes in ((q, q_sizes), (k, k_sizes), (v, k_sizes))
@@ -147,9 +145,9 @@ def _by_runs(call: Call, lengths: CuSeqlens, dense: Dense) -> Result:
             continue
         out, lse = dense(
             call._replace(
-                q=_as_batch(q_run, run.count, run.q_length),
-                k=_as_batch(k_run, run.count, run.k_length),
-                v=_as_batch(v_run, run.count, run.k_length),
+                q=_as_batch(q_run, run.sequences, run.q_length),
+                k=_as_batch(k_run, run.sequences, run.k_length),
+                v=_as_batch(v_run, run.sequences, run.k_length),
             )
         )
         out = out.transpose(1, 2).flatten(0, 1)
@@ -191,24 +189,23 @@ def pad_packed(call: Call) -> tuple[Call, tuple[Tensor, Tensor]]:
     j = torch.arange(lengths.max_k, device=device)
     visible = length_mask(k_lens, lengths.max_k)
     if call.left >= 0 or call.right >= 0:
+        size = lengths.sequences * lengths.max_q * lengths.max_k
+        if size > MATRIX_LIMIT:
+            raise matrix_error(
+                "cu_seqlens with causal or window, on this device and dtype,",
+                size,
+                "use fp16/bf16 on a GPU, or fewer sequences at a time",
+            )
         delta = (k_lens - q_lens)[:, None, None, None]
         visible = visible & band_mask(i, j, delta=delta, left=call.left, right=call.right)
-    if visible.numel() > MATRIX_LIMIT:
-        raise matrix_error(
-            "cu_seqlens on this device and dtype",
-            visible.numel(),
-            "use fp16/bf16 on a GPU, or fewer sequences at a time",
-        )
     valid_keys = (j < k_lens[:, None])[:, None, :, None]
     q = _spread(call.q, lengths.q, i)
     k = _spread(call.k, lengths.k, j).masked_fill(~valid_keys, 0.0)
     v = _spread(call.v, lengths.k, j).masked_fill(~valid_keys, 0.0)
-    tokens = torch.arange(call.q.shape[2], device=device)
+    tokens = torch.arange(call.q.shape[2], dtype=lengths.q.dtype, device=device)
     sequence = torch.searchsorted(lengths.q[1:].contiguous(), tokens, right=True)
     position = tokens - lengths.q[sequence]
-    padded = call._replace(
-        q=q, k=k, v=v, left=-1, right=-1, cu_seqlens=None, mask=visible
-    )
+    padded = call._replace(q=q, k=k, v=v, left=-1, right=-1, cu_seqlens=None, mask=visible)
     return padded, (sequence, position)
 
 
@@ -225,5 +222,3 @@ def _spread(packed: Tensor, starts: Tensor, positions: Tensor) -> Tensor:
         return packed.new_zeros(shape)
     index = (starts[:-1, None] + positions).clamp(max=tokens.shape[0] - 1)
     return tokens[index].transpose(1, 2)
-
-

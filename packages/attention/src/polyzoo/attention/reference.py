@@ -64,7 +64,8 @@ def attend(
         dropout: The probability it was drawn with.
 
     Returns:
-        `(b, h, n, dv)` in q's dtype, laid out as `(b, n, h, dv)`; and `(b, h, n)`, not differentiable.
+        `(b, h, n, dv)` in q's dtype, laid out as `(b, n, h, dv)`; and the lse, `(b, h, n)`, not
+        differentiable.
     """
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,32 +14,13 @@ import torch
 from torch import Tensor
 
 from polyzoo.attention import reference, sdpa, triton
+from polyzoo.attention.features import BIT, FEATURES
 from polyzoo.attention.limits import MATRIX_LIMIT
 from polyzoo.attention.types import Call
 from polyzoo.core.log import get_logger
 
 logger = get_logger(__name__)
 
-FEATURES = (
-    "causal",
-    "window",
-    "kv_lens",
-    "varlen",
-    "mask",
-    "bias",
-    "bias_grad",
-    "relpos",
-    "gqa",
-    "dropout",
-    "dv_ne_d",
-    "backward",
-    "lse",
-    "int8",
-    "fp8",
-)
-"""What a call can ask for and a backend can offer."""
-
-BIT = {name: 1 << index for index, name in enumerate(FEATURES)}
 _EXACT = frozenset(FEATURES) - {"int8", "fp8"}
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -217,22 +198,25 @@ def choose(request: Request, backend: str = "auto") -> Choice:
 @lru_cache(maxsize=4096)
 def decide(request: Request, backend: str) -> Choice:
     """Do as `choose`, and return the choice where nobody serves the request too."""
-    if backend == "auto":
-        names = AUTO_ORDER.get(request.device.type, _OTHER_DEVICES)
-    else:
-        names = (backend,)
+    order = AUTO_ORDER.get(request.device.type, _OTHER_DEVICES)
+    names = order if backend == "auto" else (backend,)
+    return pick([_BY_NAME[name] for name in names], request)
+
+
+def pick(candidates: Sequence[Backend], request: Request) -> Choice:
+    """Take the first candidate that can serve a request; falling back is logged once per reason."""
     chosen: Backend | None = None
     reasons: list[str] = []
-    for name in names:
-        reason = refusal(_BY_NAME[name], request)
+    for candidate in candidates:
+        reason = refusal(candidate, request)
         if reason is not None:
             reasons.append(reason)
         elif chosen is None:
-            chosen = _BY_NAME[name]
-            if reasons:
-                _log_once(f"attention falls back to {name}: {'; '.join(reasons)}")
+            chosen = candidate
+            for line in reasons:
+                _log_once(f"attention falls back to {candidate.name}; {line}")
         else:
-            reasons.append(f"{name}: {chosen.name} comes first")
+            reasons.append(f"{candidate.name}: {chosen.name} comes first")
     return Choice(backend=chosen, reasons=tuple(reasons))
 
 

@@ -44,7 +44,11 @@ def attend_dense(call: Call) -> tuple[Tensor, Tensor | None]:
         left, right = effective_band(n, m, left, right)
     banded = left >= 0 or right >= 0
     plain = call.mask is None and call.bias is None
-    if not banded or (plain and n == m and right == 0 and left < 0):
+    served = plain and (banded or call.want_lse) and varlen.serves(q, k, v)
+    square = plain and n == m and right == 0 and left < 0
+    if served and (call.want_lse or not square):
+        return varlen.attend_uniform(call)  # masks by position, and gives its lse
+    if not banded or square:
         return scaled_dot_product(
             q,
             k,
@@ -54,8 +58,6 @@ def attend_dense(call: Call) -> tuple[Tensor, Tensor | None]:
             scale=call.scale,
             want_lse=call.want_lse,
         )
-    if plain and varlen.serves(q, k, v):
-        return varlen.attend_uniform(call)
     return _in_row_blocks(call, left, right)
 
 

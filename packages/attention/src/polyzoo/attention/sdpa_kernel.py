@@ -73,7 +73,7 @@ def scaled_dot_product(
             fill = True if attn_mask.dtype == torch.bool else 0.0
             attn_mask = attn_mask.masked_fill(~alive, fill)
     lse = None
-    if want_lse and _has_cpu_kernel(q, k, v, attn_mask):
+    if want_lse and _has_cpu_kernel(q, v, attn_mask):
         out, lse = _cpu_kernel(q, k, v, attn_mask, is_causal, scale)
     else:
         out = F.scaled_dot_product_attention(
@@ -114,8 +114,8 @@ def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _widens(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether a CPU computes this better in fp32.
 
-    fp16 always: CPUs without fp16 arithmetic convert one number at a time. bf16 for training: torch's
-    backward is slower in bf16 than in fp32, and its errors are twice those of rounding the result.
+    fp16 always: CPUs without fp16 arithmetic convert one number at a time. bf16 for training:
+    torch's backward is slower in bf16 than in fp32, and its errors exceed those of rounding.
     """
     if q.dtype == torch.bfloat16:
         return _wants_grad(q, k, v)
@@ -126,14 +126,15 @@ def _pack_groups(
     q: Tensor, k: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None] | None:
     """Lay the heads of a group beside its queries, or None where the mask tells them apart."""
-    if attn_mask is not None:
-        if attn_mask.shape[1] != 1 or (attn_mask.shape[2] != 1 and q.shape[2] != 1):
-            return None
+    per_head = attn_mask is not None and attn_mask.shape[1] != 1
+    per_query = attn_mask is not None and attn_mask.shape[2] != 1 and q.shape[2] != 1
+    if per_head or per_query:
+        return None
     b, h, n, d = q.shape
     return q.reshape(b, k.shape[1], h // k.shape[1] * n, d), attn_mask
 
 
-def _has_cpu_kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> bool:
+def _has_cpu_kernel(q: Tensor, v: Tensor, attn_mask: Tensor | None) -> bool:
     return (
         q.device.type == "cpu"
         and q.shape[3] == v.shape[3]

@@ -14,9 +14,9 @@ from torch import Tensor
 class Run(NamedTuple):
     """Neighbouring packed sequences of the same lengths: one batched call serves them as views."""
 
-    index: int
+    first: int
     """Number of the first sequence."""
-    count: int
+    sequences: int
     """How many sequences."""
     q_length: int
     """Queries of each."""
@@ -28,8 +28,9 @@ class Run(NamedTuple):
 class CuSeqlens:
     """Where the sequences of a packed batch begin and end.
 
-    Sequence i attends from `q[cu_q[i]:cu_q[i + 1]]` to `k[cu_k[i]:cu_k[i + 1]]`; either may be empty.
-    Keep one object for all layers of a forward pass: what depends on the lengths is worked out once.
+    Sequence i attends from `q[cu_q[i]:cu_q[i + 1]]` to `k[cu_k[i]:cu_k[i + 1]]`; either may be
+    empty. Keep one object for all layers of a forward pass: what depends on the lengths is worked
+    out once. Sequences sorted by length are served fastest on a CPU.
 
     Example:
         >>> lengths = CuSeqlens.from_lengths([3, 5])
@@ -118,8 +119,8 @@ class CuSeqlens:
 class DecomposedBias:
     """A bias over a grid of keys that is a row part plus a column part.
 
-    Key j of a `kh x kw` grid gets `rel_h[..., j // kw] + rel_w[..., j % kw]`: the relative positions
-    of SAM's image encoder, without an n x m matrix where a kernel supports it.
+    Key j of a `kh x kw` grid gets `rel_h[..., j // kw] + rel_w[..., j % kw]`: the relative
+    positions of SAM's image encoder, without an n x m matrix where a kernel supports it.
     """
 
     rel_h: Tensor
@@ -181,7 +182,7 @@ def _find_runs(starts_q: list[int], starts_k: list[int]) -> list[Run]:
     ):
         last = runs[-1] if runs else None
         if last is not None and (last.q_length, last.k_length) == (q1 - q0, k1 - k0):
-            runs[-1] = last._replace(count=last.count + 1)
+            runs[-1] = last._replace(sequences=last.sequences + 1)
         else:
-            runs.append(Run(index=index, count=1, q_length=q1 - q0, k_length=k1 - k0))
+            runs.append(Run(first=index, sequences=1, q_length=q1 - q0, k_length=k1 - k0))
     return runs

@@ -49,12 +49,14 @@ def attend_packed(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def attend_uniform(call: Call) -> tuple[Tensor, Tensor | None]:
     """Attend a dense batch: its bottom-right causal and window rules need no mask this way."""
-    b, h, n, _ = call.q.shape
-    m = call.k.shape[2]
+    b, n, m = call.q.shape[0], call.q.shape[2], call.k.shape[2]
     device = call.q.device
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (call.q, call.k, call.v))
     out, lse = _run(
         call,
-        *(t.transpose(1, 2).flatten(0, 1) for t in (call.q, call.k, call.v)),
+        q,
+        k,
+        v,
         (
             torch.arange(0, (b + 1) * n, n, dtype=torch.int32, device=device),
             torch.arange(0, (b + 1) * m, m, dtype=torch.int32, device=device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import stat
 import tarfile
@@ -122,9 +123,10 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
     ) as error:
         raise DataError(f"{archive}: is damaged or of an unknown kind: {error}") from error
     except OSError as error:
-        if error.filename is not None or error.errno is not None:
+        # gzip and bz2 report damage without a number; a wrong offset in a zip is EINVAL.
+        if error.filename is not None or error.errno not in (None, errno.EINVAL):
             raise
-        raise DataError(f"{archive}: is damaged: {error}") from error  # gzip and bz2 say it so
+        raise DataError(f"{archive}: is damaged: {error}") from error
     except ValueError as error:
         if isinstance(error, DataError):
             raise

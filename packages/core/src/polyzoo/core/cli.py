@@ -139,8 +139,8 @@ def _named(target: str) -> Callable[..., Any]:
         if isinstance(error, PolyzooError) or (error.name or "").startswith("polyzoo"):
             raise
         raise PolyzooError(
-            f"{module} needs {error.name}, which is not installed; reinstall polyzoo-"
-            f"{module.split('.')[1].replace('_', '-')} with its dependencies"
+            f"{module} needs {error.name}, which is not installed; install the package that "
+            "brings this command again, with its dependencies"
         ) from error
 
 

@@ -54,16 +54,13 @@ def group_help(name: str, summary: str, commands: Mapping[str, str]) -> str:
 
 def versions() -> str:
     """Return the versions of polyzoo's parts and of what they stand on, importing none of them."""
-    found = {
-        part.metadata["Name"]: part.version
-        for part in importlib.metadata.distributions()
-        if (part.metadata["Name"] or "").startswith("polyzoo-")
-    }
+    points = importlib.metadata.entry_points(group="polyzoo.commands")
+    found = {point.dist.name: point.dist.version for point in points if point.dist is not None}
     for name in ("torch", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            found[name] = "(not installed)"
     found["python"] = platform.python_version()
     own = found.pop("polyzoo-core", "(not installed)")
     parts = ", ".join(f"{name} {found[name]}" for name in sorted(found))

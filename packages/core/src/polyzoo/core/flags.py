@@ -118,8 +118,9 @@ def _with_holes(cls: type, values: Mapping[str, Any]) -> Any:
 
 def _config_file(arguments: Sequence[str]) -> str | None:
     for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            return arguments[index + 1]
+        following = arguments[index + 1] if index + 1 < len(arguments) else "-"
+        if argument == "--config" and not following.startswith("-"):
+            return following
         if argument.startswith("--config="):
             return argument.removeprefix("--config=")
     return None

@@ -86,25 +86,26 @@ class _Lines(tqdm):  # not generic at run time
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._next_line = time.monotonic() + 10.0
+        self._shown = 0
         super().__init__(*args, **kwargs)
 
     def display(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 - tqdm's signature
         done = self.total is not None and self.n >= self.total
-        if self.n and (done or time.monotonic() >= self._next_line):
-            self._next_line = time.monotonic() + 10.0
+        if self.n != self._shown and (done or time.monotonic() >= self._next_line):
             self._write_line()
 
     def close(self) -> None:
         if not self.disable:
-            unfinished = self.total is None or self.n < self.total
             self.disable = True
-            if unfinished and self.n:
+            if self.n != self._shown:
                 self._write_line()
 
     def clear(self, *args: Any, **kwargs: Any) -> None:
         """There is no bar to clear."""
 
     def _write_line(self) -> None:
+        self._next_line = time.monotonic() + 10.0
+        self._shown = self.n
         values = {**self.format_dict, "ncols": 80, "bar_format": _LINE}
         self.fp.write(f"{self.format_meter(**values)}\n")
         self.fp.flush()

@@ -104,10 +104,9 @@ def attention_forward(
         ValueError: The layer asks for what "polyzoo" does not do.
     """
     _refuse_unknown(kwargs)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+    layer_is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if cu_seq_lens_q is not None:
-        if attention_mask is not None and not is_causal:
+        if attention_mask is not None and not layer_is_causal:
             raise ValueError(
                 "cu_seq_lens_q together with an attention_mask: a packed batch has no padding; "
                 "leave attention_mask out"
@@ -119,8 +118,8 @@ def attention_forward(
             query,
             key,
             value,
-            causal=is_causal,
-            window=(sliding_window - 1, 0) if is_causal and sliding_window else None,
+            causal=layer_is_causal,
+            window=(sliding_window - 1, 0) if layer_is_causal and sliding_window else None,
             cu_seqlens=_lengths(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k),
             scale=scaling,
             dropout=dropout,
@@ -128,7 +127,7 @@ def attention_forward(
         return out.transpose(1, 2), None
     n, m = query.shape[2], key.shape[2]
     causal = False
-    if attention_mask is None and is_causal and n > 1:
+    if attention_mask is None and layer_is_causal and n > 1:
         causal = True
         if m > n:  # a static cache being filled: transformers aligns at the top left here
             key, value = key[:, :, :n], value[:, :, :n]
@@ -159,8 +158,8 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
             )
         if isinstance(given, Tensor):
             raise ValueError(
-                f'the model passes a tensor {name} of shape {tuple(given.shape)} that "{NAME}" does '
-                'not know, and ignoring it could change the result; '
+                f'the model passes a tensor {name} of shape {tuple(given.shape)} that "{NAME}" '
+                "does not know, and ignoring it could change the result; "
                 'load the model with attn_implementation="eager"'
             )
 
@@ -182,9 +181,14 @@ def _lengths(
     kept = getattr(queries, _KEPT_AS, None)
     if kept is not None:
         lengths, made_at = kept
-        if made_at == version and lengths.k is keys and (lengths.max_q, lengths.max_k) == (
-            max_q,
-            max_k,
+        if (
+            made_at == version
+            and lengths.k is keys
+            and (lengths.max_q, lengths.max_k)
+            == (
+                max_q,
+                max_k,
+            )
         ):
             return lengths
     lengths = CuSeqlens(queries, keys, max_q, max_k)

@@ -80,7 +80,8 @@ def _plan(problem: Problem, config: TileConfig | None, splits: int | None) -> _P
     dv = problem.v.shape[-1]
     config = config or choose_config("decode", problem)
     if splits is None:
-        wanted = -(-4 * processors(problem.q.device) // (b * hk))
+        # One program per multiprocessor reads at full bandwidth; more only cost merging.
+        wanted = processors(problem.q.device) // (b * hk)
         splits = max(1, min(wanted, -(-m // config.block_n), _MAX_SPLITS))
     main = [strides(t, 3) for t in (problem.q, problem.k, problem.v)]
     align = alignment(main)

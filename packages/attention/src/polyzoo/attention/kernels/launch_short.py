@@ -36,7 +36,7 @@ def forward(
     *,
     low: Tensor | None = None,
     config: TileConfig | None = None,
-    waves: int = 2,
+    waves: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """Attention and log-sum-exp, as `launch.forward`, for calls that `suits`.
 

@@ -104,7 +104,9 @@ def default_config(kind: Kind, problem: Problem) -> TileConfig:
     if problem.q.dtype == torch.float32:
         return TileConfig(32, 32, 4, 1) if d <= 128 else TileConfig(16, 16, 4, 1)
     if kind == "decode":
-        return TileConfig(16, 64, 4, 2)
+        return TileConfig(16, 64, 4, 3 if d <= 128 else 2)
+    if problem.key_block > 128:
+        return TileConfig(32, 32, 4, 1)
     if d > 128:
         return TileConfig(64, 32, 4, 2) if kind == "forward" else TileConfig(32, 32, 4, 2)
     return TileConfig(64, 64 if kind in ("forward", "backward_kv") else 32, 4, 2)

@@ -9,9 +9,9 @@ from polyzoo.core.lazy import attach
 if TYPE_CHECKING:
     from polyzoo.core.assets.cache import asset_folder as asset_folder
     from polyzoo.core.assets.cache import is_present as is_present
-    from polyzoo.core.assets.fetch import fetch as fetch
     from polyzoo.core.assets.table import ASSETS as ASSETS
     from polyzoo.core.assets.table import Asset as Asset
+    from polyzoo.core.assets.wheels import fetch as fetch
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "ASSETS": ".table",
         "Asset": ".table",
         "asset_folder": ".cache",
-        "fetch": ".fetch",
+        "fetch": ".wheels",
         "is_present": ".cache",
     },
 )

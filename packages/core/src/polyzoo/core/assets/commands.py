@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from polyzoo.core.assets.cache import Check, cached_path, is_present, verify
 from polyzoo.core.assets.cli import FetchConfig, ListConfig, VerifyConfig
-from polyzoo.core.assets.fetch import fetch
 from polyzoo.core.assets.table import ASSETS, get_asset
+from polyzoo.core.assets.wheels import fetch
 
 
 @dataclass(frozen=True, kw_only=True)

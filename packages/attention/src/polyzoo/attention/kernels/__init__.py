@@ -1,0 +1,1 @@
+"""One file per kernel. Nothing is imported here: each needs what its file names."""

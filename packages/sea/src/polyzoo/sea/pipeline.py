@@ -1,0 +1,272 @@
+"""SeaPipeline: text in, vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polyzoo.core.device import resolve_device, resolve_dtype
+from polyzoo.core.errors import ConfigError, DataError, WeightsError
+from polyzoo.core.hub import resolve_folder
+from polyzoo.sea.config import Language, SeaConfig
+from polyzoo.sea.folders import CONFIG_NAME, LoadedModel, build_bare, load_folder
+from polyzoo.sea.model import CodeVectors
+from polyzoo.sea.model_sources import BARE, SHIPPED, encoder_folder, shipped_folder
+from polyzoo.sea.splitting import Split, split
+
+
+@dataclass(frozen=True)
+class CodeEmbeddings:
+    """Vectors of k functions, with what explains them."""
+
+    vectors: np.ndarray
+    """(k, d) float32."""
+    block_vectors: list[np.ndarray]
+    """For each function (b_i, d), one row per block of its split."""
+    splits: list[Split]
+    """Where the blocks are in the text."""
+    weights: list[np.ndarray]
+    """For each function (b_i,), share of each block in the vector; the share of the truncated
+    whole function, where it is an entry, is the rest to 1."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One ranked function."""
+
+    index: int
+    """Position in the codes given."""
+    score: float
+    best_block: int
+    """Block of its split that is nearest to the query."""
+
+
+class SeaPipeline:
+    """Embeds code and natural-language queries into one space.
+
+    Example:
+        >>> pipeline = SeaPipeline.from_pretrained("embedded")
+        >>> code = pipeline.embed_code(["def add(a, b): return a + b"], language="python")
+        >>> float(pipeline.embed_queries(["sum of two numbers"])[0] @ code.vectors[0])
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        name: str = "model",
+    ) -> None:
+        """Move a loaded model to its device and make it ready for inference.
+
+        Args:
+            loaded: From `polyzoo.sea.folders`.
+            device: auto, cpu, cuda, ...
+            dtype: Of the encoder's arithmetic; float32 on the CPU and bfloat16 on a GPU where not
+                given. Vectors are float32 always.
+            name: Shown in `model_id`.
+        """
+        self.config: SeaConfig = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.tokenizer_folder = loaded.tokenizer_folder
+        self.model = loaded.model
+        self.model_id = f"{name}-{loaded.fingerprint[:16]}"
+        self.device = resolve_device(device)
+        if dtype is None:
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        elif isinstance(dtype, str):
+            dtype = resolve_dtype(dtype, self.device)
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.model.encoder.to(dtype)
+        self.model.encoder.fuse()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "embedded",
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        local_files_only: bool = False,
+        config: SeaConfig | None = None,
+    ) -> SeaPipeline:
+        """Load a model.
+
+        Args:
+            name_or_path: "embedded" (in this package), "minilm" (its adapter is in this package,
+                the encoder is an asset), a folder written by training, a hub id, or
+                "encoder:NAME" for an encoder without SEA training.
+            device: auto, cpu, cuda, ...
+            dtype: Of the encoder's arithmetic.
+            local_files_only: Never use the network.
+            config: Splitter and aggregation of an "encoder:NAME"; refused for trained models.
+        """
+        name = str(name_or_path)
+        if name.startswith(BARE):
+            shape = config or bare_config(name.removeprefix(BARE), local_files_only)
+            loaded = build_bare(shape, local_files_only=local_files_only)
+            label = Path(name.removeprefix(BARE)).name
+            return cls(loaded, device=device, dtype=dtype, name=label)
+        if config is not None:
+            raise ConfigError(
+                f"{name}: a trained model brings its own configuration; config is only for "
+                "encoder:NAME"
+            )
+        if name in SHIPPED:  # before folders: one of that name in the working folder changes nothing
+            folder = shipped_folder(name)
+        elif Path(name).is_dir():
+            folder = Path(name)
+        elif Path(name).is_absolute() or name.startswith((".", "~")):
+            raise WeightsError(f"{name}: no such folder")
+        else:
+            folder = resolve_folder(name, local_files_only=local_files_only)
+        if not (folder / CONFIG_NAME).is_file():
+            raise WeightsError(f"{folder}: no {CONFIG_NAME}, so not a model's folder")
+        loaded = load_folder(folder, local_files_only=local_files_only)
+        return cls(loaded, device=device, dtype=dtype, name=folder.name)
+
+    @property
+    def dim(self) -> int:
+        """Channels of a vector."""
+        return self.model.dim
+
+    def embed_queries(self, queries: Sequence[str]) -> np.ndarray:
+        """(n, d) float32 vectors of natural-language queries."""
+        if not queries:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        limit = self.config.max_query_tokens
+        ids = [self.tokenizer.query(query, limit=limit)[0] for query in queries]
+        vectors = self.model.embed_queries(ids).float().cpu().numpy()
+        _check_finite(vectors, [f"query {query!r}" for query in queries])
+        return vectors
+
+    def split(self, code: str, *, language: Language | str) -> Split:
+        """Blocks of one function as this model sees them."""
+        parts = split(
+            code,
+            language=language,  # pyright: ignore[reportArgumentType]
+            config=self.config.split,
+            tokenize=self.tokenizer,
+        )
+        if not parts.blocks:
+            raise DataError(f"nothing to embed in {code[:60]!r}: only blanks and comments")
+        return parts
+
+    def embed_code(
+        self, codes: Sequence[str], *, language: str | Sequence[str]
+    ) -> CodeEmbeddings:
+        """Embed functions; results are in the given order whatever the batching.
+
+        Args:
+            codes: Source text of each function.
+            language: Of all, or one for each.
+        """
+        languages = [language] * len(codes) if isinstance(language, str) else list(language)
+        if len(languages) != len(codes):
+            raise DataError(f"{len(languages)} languages for {len(codes)} codes: give one for each")
+        if not codes:
+            return CodeEmbeddings(np.zeros((0, self.dim), dtype=np.float32), [], [], [])
+        splits = [
+            self.split(code, language=name) for code, name in zip(codes, languages, strict=True)
+        ]
+        return self.embed_splits(splits)
+
+    def embed_splits(self, splits: Sequence[Split]) -> CodeEmbeddings:
+        """Embed functions that are already split."""
+        wrap = self.tokenizer.wrap
+        only = self.config.aggregator == "first"
+        entries: list[list[int]] = []
+        counts: list[int] = []
+        extra: list[bool] = []
+        for parts in splits:
+            rows = [wrap(block.ids) for block in parts.blocks]
+            whole = self.config.whole_entry and len(rows) > 1
+            if whole:
+                rows.insert(0, wrap(parts.whole[: self.config.split.budget]))
+            counts.append(len(rows))
+            extra.append(whole)
+            entries += rows
+        starts = [0, *accumulate(counts)]
+        codes = self.model.embed_codes(entries, starts)
+        vectors = codes.vectors.float().cpu().numpy()
+        _check_finite(vectors, [f"function {index}" for index in range(len(splits))])
+        own = codes.entries.float().cpu().numpy()
+        shares = codes.weights.float().cpu().numpy()
+        blocks, weights = [], []
+        for row, whole in enumerate(extra):
+            first = starts[row] + whole
+            blocks.append(own[first : starts[row + 1]])
+            share = shares[first : starts[row + 1]]
+            if only and whole:  # the truncated function is its first block, as far as it goes
+                share = np.eye(1, len(share), dtype=np.float32)[0]
+            weights.append(share)
+        return CodeEmbeddings(vectors, blocks, list(splits), weights)
+
+    def rank(
+        self,
+        queries: Sequence[str],
+        codes: Sequence[str],
+        *,
+        language: str | Sequence[str],
+        top_k: int = 10,
+    ) -> list[list[Hit]]:
+        """The best functions for each query, best first; equal scores keep the given order."""
+        if top_k < 1:
+            raise ConfigError(f"top_k={top_k} must be at least 1")
+        wanted = self.embed_queries(queries)
+        found = self.embed_code(codes, language=language)
+        scores = self.score(wanted, found)
+        results: list[list[Hit]] = []
+        for row, line in enumerate(scores):
+            best = np.argsort(-line, kind="stable")[:top_k]
+            results.append(
+                [
+                    Hit(
+                        index=int(i),
+                        score=float(line[i]),
+                        best_block=int(np.argmax(found.block_vectors[i] @ wanted[row])),
+                    )
+                    for i in best
+                ]
+            )
+        return results
+
+    def score(self, queries: np.ndarray, codes: CodeEmbeddings) -> np.ndarray:
+        """(n, k) scores: inner products, or the best block's with aggregator "maxsim"."""
+        if self.config.aggregator != "maxsim":
+            return queries @ codes.vectors.T
+        best = [(queries @ rows.T).max(axis=1) for rows in codes.block_vectors]
+        return np.stack(best, axis=1) if best else np.zeros((len(queries), 0), np.float32)
+
+
+def bare_config(encoder: str, local_files_only: bool = False) -> SeaConfig:
+    """Settings for an encoder as it comes: its own pooling where it says so, and no training.
+
+    Half the truncated whole, half the mean of all entries: the best untrained combination.
+    """
+    folder = encoder_folder(encoder, local_files_only=local_files_only)
+    pooling = "mean"
+    stated = folder / "1_Pooling" / "config.json"
+    if stated.is_file() and '"pooling_mode_cls_token": true' in stated.read_text():
+        pooling = "cls"
+    return SeaConfig(encoder=encoder, pooling=pooling, aggregator="attn1_mean", raw="whole")
+
+
+def codes_to_numpy(codes: CodeVectors) -> np.ndarray:
+    """(f, d) float32 vectors on the host."""
+    return codes.vectors.float().cpu().numpy()
+
+
+def _check_finite(vectors: np.ndarray, names: Sequence[str]) -> None:
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        raise DataError(
+            f"{names[int(np.argmax(bad))]}: its vector holds NaN or inf ({int(bad.sum())} in all); "
+            "the weights are broken, or half precision overflowed: try dtype float32"
+        )

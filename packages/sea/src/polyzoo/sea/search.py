@@ -1,0 +1,326 @@
+"""`polyzoo sea search`: vectors and words, each ranked exactly, fused by reciprocal rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from polyzoo.core.errors import ConfigError, DataError
+from polyzoo.sea.catalog import UnitRow
+from polyzoo.sea.embedder import Embedder, load_embedder
+from polyzoo.sea.embedding import unit_of_block
+from polyzoo.sea.excerpts import Excerpts
+from polyzoo.sea.index import CodeIndex, Freshness, IndexState, find_folder
+from polyzoo.sea.lexical import query_terms
+from polyzoo.sea.locating import Locator
+from polyzoo.sea.results import Hit, SearchResult
+from polyzoo.sea.search_config import SearchConfig
+from polyzoo.sea.stores import Filter, Vectors
+from polyzoo.sea.walk import compile_patterns
+
+FUSION_OFFSET = 60
+"""Reciprocal rank fusion: a hit's share is weight / (this + rank), so that no first place decides alone."""
+
+_DEPTH = 200
+
+Mode = Literal["hybrid", "vector", "lexical"]
+Ranking = list[tuple[int, float]]
+"""Numbers of units and their scores, best first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchRequest:
+    """One question to an index."""
+
+    query: str
+    top_k: int = 10
+    mode: Mode = "hybrid"
+    languages: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    """Patterns in .gitignore syntax."""
+    kinds: tuple[str, ...] = ()
+    vector_weight: float = 1.0
+    lexical_weight: float = 1.0
+    maxsim: bool = False
+    blocks: bool = True
+    """Find the best block of each hit."""
+    context: int = 6
+    """Lines of code per hit."""
+
+
+class Searcher:
+    """Answers questions about one index; sees every change that an indexing run makes visible.
+
+    Not for several threads at a time.
+
+    Example:
+        >>> with Searcher(find_folder(Path("."))) as searcher:
+        ...     hits = searcher.search(SearchRequest(query="open an index")).hits
+    """
+
+    def __init__(
+        self, folder: Path, *, embedder: Embedder | None = None, model: str | None = None
+    ) -> None:
+        self.folder, self._model, self._embedder = folder, model, embedder
+        self.index = CodeIndex.open(folder)
+        self._checked = False
+        self._paths: dict[tuple[int, tuple[str, ...]], tuple[int, ...]] = {}
+
+    def __enter__(self) -> Searcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the index."""
+        self.index.close()
+
+    def load(self) -> Embedder:
+        """Load the model now rather than at the first question, and check that it is the index's.
+
+        Raises:
+            ConfigError: it is another model; names the command that rebuilds.
+        """
+        self._refresh()
+        if self._embedder is None:
+            self._embedder = load_embedder(self._model or self.index.settings.model)
+        if not self._checked:
+            self.index.check_model(self._embedder)
+            self._checked = True
+        return self._embedder
+
+    def search(self, request: SearchRequest, *, freshness: Freshness | None = None) -> SearchResult:
+        """Answer a question.
+
+        Args:
+            request: The question.
+            freshness: What `freshness()` found, to be told in the result.
+
+        Raises:
+            DataError: the query is empty, or the index is damaged.
+            ConfigError: the model is another one, or maxsim is asked of an index without blocks.
+        """
+        if not request.query.strip():
+            raise DataError("the query is empty; say in words what the code does")
+        clock = _Clock()
+        self._refresh()
+        state = self.index.state()
+        mode = request.mode
+        if mode == "hybrid" and not state.embedded:
+            mode = "lexical"
+        where = self._filter(request)
+        vector: Ranking = []
+        words: Ranking = []
+        query: Vectors | None = None
+        if mode != "lexical":
+            with clock.measure("encode"):
+                query = self.load().embed_queries([request.query])[0]
+            with clock.measure("vectors"):
+                vector = self._rank_vectors(query, request, where)
+        if mode != "vector":
+            with clock.measure("words"):
+                terms = query_terms(request.query)
+                depth = max(_DEPTH, 4 * request.top_k)
+                words = self.index.catalog.match(terms, limit=depth, where=where)
+        best = _fuse(vector, words, request, mode)
+        with clock.measure("blocks"):
+            hits = self._hits(best, vector, words, query, request)
+        settings = self.index.settings
+        return SearchResult(
+            query=request.query,
+            mode=mode,
+            index=str(self.folder),
+            repo=settings.repo,
+            model_id=settings.model_id,
+            units=state.units,
+            coverage=state.coverage,
+            stale_files=freshness.count if freshness else None,
+            notices=_notices(state, freshness, settings.repo, self.folder),
+            took_ms=clock.milliseconds(),
+            hits=hits,
+        )
+
+    def freshness(self) -> Freshness:
+        """Compare the repository with the index."""
+        self._refresh()
+        return self.index.freshness()
+
+    def _refresh(self) -> None:
+        if not self.index.is_current():
+            self.index.close()
+            self.index = CodeIndex.open(self.folder)
+            self._checked = False
+            self._paths.clear()
+
+    def _filter(self, request: SearchRequest) -> Filter:
+        files = None
+        if request.paths:
+            key = (int(self.index.catalog.get_meta("revision", 0)), request.paths)
+            if key not in self._paths:
+                patterns = compile_patterns(request.paths, option="path")
+                rows = self.index.catalog.rows("SELECT id, path FROM files ORDER BY id")
+                self._paths = {key: tuple(row[0] for row in rows if patterns.match_file(row[1]))}
+            files = self._paths[key]
+        return Filter(languages=request.languages, kinds=request.kinds, files=files)
+
+    def _rank_vectors(self, query: Vectors, request: SearchRequest, where: Filter) -> Ranking:
+        """Rank units exactly, whatever the store also holds that is not visible (yet, or any more)."""
+        settings = self.index.settings
+        by_blocks = request.maxsim or settings.sea.aggregator == "maxsim"
+        if by_blocks and not settings.keep_blocks:
+            raise ConfigError(
+                f"{self.folder} holds no block vectors, which maxsim compares; build it again with: "
+                f"polyzoo sea index {settings.repo} --out {self.folder} --rebuild --keep-blocks"
+            )
+        store = self.index.store(blocks=by_blocks)
+        wanted = max(_DEPTH, 4 * request.top_k)
+        limit = wanted * (4 if by_blocks else 1)
+        while True:
+            numbers, scores = store.search(query, limit=limit, where=where)
+            units = unit_of_block(numbers) if by_blocks else numbers
+            best: dict[int, float] = {}
+            for unit, score in zip(units.tolist(), scores.tolist(), strict=True):
+                best.setdefault(unit, score)
+            visible = self.index.catalog.embedded(list(best))
+            ranking = [(unit, score) for unit, score in best.items() if unit in visible]
+            if len(ranking) >= wanted or len(numbers) < limit:
+                return ranking[:wanted]
+            limit *= 4
+
+    def _hits(
+        self,
+        best: Ranking,
+        vector: Ranking,
+        words: Ranking,
+        query: Vectors | None,
+        request: SearchRequest,
+    ) -> tuple[Hit, ...]:
+        units = self.index.catalog.units([number for number, _ in best])
+        by_vector = {number: place for place, (number, _) in enumerate(vector)}
+        by_words = {number: place for place, (number, _) in enumerate(words)}
+        locator = Locator(Path(self.index.settings.repo), self.index.catalog)
+        shown = [(number, score) for number, score in best if number in units]
+        places = [locator.locate(units[number]) for number, _ in shown]
+        blocks = [None] * len(shown)
+        if request.blocks:
+            excerpts = Excerpts(self.index, self._embedder if query is not None else None)
+            blocks = excerpts.of(
+                [place.unit for place in places], request.query, query, request.context
+            )
+        hits = []
+        for rank, ((number, score), place, block) in enumerate(
+            zip(shown, places, blocks, strict=True), start=1
+        ):
+            unit, v, w = place.unit, by_vector.get(number), by_words.get(number)
+            hits.append(
+                Hit(
+                    rank=rank,
+                    path=unit.path,
+                    first_line=unit.first_line,
+                    last_line=unit.last_line,
+                    symbol=unit.symbol,
+                    kind=unit.kind,
+                    language=unit.language,
+                    signature=unit.signature,
+                    summary=_summary(unit),
+                    score=score,
+                    vector_rank=None if v is None else v + 1,
+                    vector_score=None if v is None else vector[v][1],
+                    lexical_rank=None if w is None else w + 1,
+                    lexical_score=None if w is None else words[w][1],
+                    block=block,
+                    drift=place.drift,
+                )
+            )
+        return tuple(hits)
+
+
+def main(config: SearchConfig) -> SearchResult:
+    """Run the command."""
+    folder = config.index or find_folder(config.repo)
+    request = SearchRequest(
+        query=config.query,
+        top_k=config.top_k,
+        mode=config.mode,
+        languages=tuple(config.language),
+        paths=tuple(config.path),
+        kinds=tuple(config.kind),
+        vector_weight=config.vector_weight,
+        lexical_weight=config.lexical_weight,
+        maxsim=config.maxsim,
+        blocks=not config.no_blocks,
+        context=config.context,
+    )
+    with Searcher(folder, model=config.model) as searcher:
+        freshness = None
+        if not config.no_check and Path(searcher.index.settings.repo).is_dir():
+            freshness = searcher.freshness()
+        return searcher.search(request, freshness=freshness)
+
+
+def _fuse(vector: Ranking, words: Ranking, request: SearchRequest, mode: Mode) -> Ranking:
+    if mode == "vector":
+        return vector[: request.top_k]
+    if mode == "lexical":
+        return words[: request.top_k]
+    scores: dict[int, float] = {}
+    for ranking, weight in ((vector, request.vector_weight), (words, request.lexical_weight)):
+        for rank, (number, _) in enumerate(ranking, start=1):
+            if weight:
+                scores[number] = scores.get(number, 0.0) + weight / (FUSION_OFFSET + rank)
+    order = np.lexsort((np.array(list(scores), np.int64), -np.array(list(scores.values()))))
+    items = list(scores.items())
+    return [items[place] for place in order[: request.top_k]]
+
+
+def _summary(unit: UnitRow) -> str:
+    lines = (line.strip() for line in (unit.docstring or "").split("\n"))
+    return next((line for line in lines if line), "")[:200]
+
+
+def _notices(
+    state: IndexState, freshness: Freshness | None, repo: str, folder: Path
+) -> tuple[str, ...]:
+    again = f"polyzoo sea index {repo} --out {folder}"
+    found = []
+    if state.writer is not None:
+        found.append(f"the index is being written by process {state.writer}")
+    elif state.interrupted:
+        found.append(f"the last indexing was interrupted; continue it with: {again}")
+    if not state.complete:
+        found.append("not all files have been read yet")
+    if state.embedded < state.units:
+        found.append(
+            f"{state.units - state.embedded:,} of {state.units:,} units have no vector yet "
+            f"(coverage {state.coverage:.0%}); only their words are searched"
+        )
+    if freshness and freshness.count:
+        kinds = ("changed", "added", "removed")
+        parts = [f"{len(names):,} {kind}" for kind in kinds if (names := getattr(freshness, kind))]
+        found.append(
+            f"files have changed since indexing ({', '.join(parts)}); update with: {again}"
+        )
+    return tuple(found)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._parts[name] = time.perf_counter() - start
+
+    def milliseconds(self) -> dict[str, float]:
+        parts = {**self._parts, "total": time.perf_counter() - self._start}
+        return {name: round(seconds * 1000, 2) for name, seconds in parts.items()}

@@ -1,0 +1,230 @@
+"""The training loop: evaluate, save, step, until the last step or a signal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyzoo.core.errors import Interrupted
+from polyzoo.core.log import get_logger
+from polyzoo.core.seeding import capture_random_state
+from polyzoo.training.checkpoint.snapshot import Snapshots
+from polyzoo.training.checkpoint.state import Counters, RunState
+from polyzoo.training.config import TrainConfig
+from polyzoo.training.data import DataStream
+from polyzoo.training.ema import Ema
+from polyzoo.training.evaluation import Evaluator
+from polyzoo.training.events import RunLog
+from polyzoo.training.health import check_rows
+from polyzoo.training.loader import Batch
+from polyzoo.training.memory import explaining_out_of_memory
+from polyzoo.training.metrics import Weigher, Window, step_row
+from polyzoo.training.schedule import lr_factor
+from polyzoo.training.signals import StopRequest
+from polyzoo.training.step import StepContext, StepFn, StepOutput, check_loss, without_graph
+from polyzoo.training.strategies.base import Strategy
+from polyzoo.training.throughput import Clock
+
+logger = get_logger(__name__)
+
+
+class Loop:
+    """Takes a run from its counters' step to the last one."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        strategy: Strategy,
+        step_fn: StepFn,
+        data: DataStream,
+        total_steps: int,
+        counters: Counters,
+        window: Window,
+        ema: Ema | None,
+        evaluator: Evaluator | None,
+        snapshots: Snapshots,
+        frozen: Mapping[str, nn.Module],
+        identity: dict[str, str],
+        log: RunLog,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.strategy = strategy
+        self.step_fn = step_fn
+        self.data = data
+        self.total_steps = total_steps
+        self.counters = counters
+        self.window = window
+        self.ema = ema
+        self.evaluator = evaluator
+        self.snapshots = snapshots
+        self.frozen = frozen
+        self.identity = identity
+        self.log = log
+        self.stop = stop
+        self._saved_step = counters.step
+        self._clock = Clock(counters)
+        self._first_step = True
+
+    def run(self) -> None:
+        """Train.
+
+        Raises:
+            Interrupted: A signal came; the step was finished and saved.
+            TrainingError: The run cannot go on; the last checkpoint is intact.
+        """
+        while True:
+            stopping = self.stop.requested
+            if self._evaluation_is_due and not stopping:
+                self._evaluate()
+            if self._checkpoint_is_due or stopping:
+                self._save()
+            if stopping:
+                raise Interrupted(
+                    f"stopped by {self.stop.name} after step {self.counters.step} of "
+                    f"{self.total_steps}, which is saved; the same command resumes"
+                )
+            if self.counters.step >= self.total_steps:
+                return
+            self._step()
+            if self._report_is_due:
+                self._report()
+
+    def _step(self) -> None:
+        """Take one optimizer step; nothing in here waits for the device."""
+        started = time.perf_counter()
+        batches = self.data.take(self.config.grad_accum)
+        self._clock.waited += time.perf_counter() - started
+        weigher = Weigher(len(batches))
+        outputs: list[StepOutput] = []
+        for index, batch in enumerate(batches):
+            with self._watching("forward pass"):
+                output = self._forward(batch, index)
+            factor = weigher.factor(self._weight(output, batch))
+            loss = (
+                output.loss if isinstance(factor, float) and factor == 1.0 else output.loss * factor
+            )
+            with self._watching("backward pass"):
+                self.strategy.backward(loss, last=index == len(batches) - 1)
+            outputs.append(without_graph(output, loss))
+        if self._first_step:
+            self._warn_of_unused()
+        loss = sum((output.loss for output in outputs[1:]), outputs[0].loss) / weigher.divisor
+        lr = self._learning_rate(self.counters.step)
+        with self._watching("optimizer step"):
+            report = self.strategy.optimizer_step(lr=lr, loss=loss, divisor=weigher.divisor)
+        self.counters.step += 1
+        self.counters.samples += sum(batch.samples for batch in batches)
+        if self.ema:
+            self.ema.update(self.counters.step)
+        self.window.add(step_row(self.counters.step, batches, outputs, weigher, loss, report))
+
+    def _forward(self, batch: Batch, micro_step: int) -> StepOutput:
+        context = StepContext(
+            step=self.counters.step,
+            micro_step=micro_step,
+            seed=self.config.seed,
+            device=self.strategy.device,
+            frozen=self.frozen,
+        )
+        with self.strategy.forward_context():
+            output = self.step_fn(self.strategy.module, batch.data, context)
+        if not isinstance(output, StepOutput):
+            output = StepOutput(loss=output)
+        check_loss(output)
+        return output
+
+    def _weight(self, output: StepOutput, batch: Batch) -> Tensor | float:
+        return float(batch.samples) if output.weight is None else output.weight
+
+    def _learning_rate(self, step: int) -> float:
+        return self.config.optim.lr * lr_factor(step, self.total_steps, self.config.schedule)
+
+    def _report(self) -> None:
+        """Read the window from the device, check it, and write its log line."""
+        self._read_window()
+        self._clock.flush()
+        summary = self.window.summary()
+        values: dict[str, float] = {
+            "epoch": summary.epoch,
+            "loss": summary.loss,
+            "grad_norm": summary.grad_norm,
+            "lr": self._learning_rate(self.counters.step - 1),
+            "samples": self.counters.samples,
+            **self._clock.rates(),
+            "skipped": self.counters.skipped,
+        }
+        if self.strategy.device.type == "cuda":
+            values["memory_bytes"] = torch.cuda.max_memory_allocated(self.strategy.device)
+        self.log.train(step=self.counters.step, values=values, metrics=summary.metrics)
+        self._clock.restart()
+
+    def _read_window(self) -> None:
+        rows = self.window.read()
+        self.counters.tokens += sum(int(row.values.get("tokens", 0)) for row in rows)
+        check_rows(rows, self.config, self.counters, self.data)
+
+    def _evaluate(self) -> None:
+        if self.evaluator is None:
+            return
+        self._read_window()
+        with self._clock.paused():
+            metrics = self.evaluator.run(self.counters)
+        self.log.evaluation(step=self.counters.step, metrics=metrics)
+
+    def _save(self) -> None:
+        """Save the run at this step; never a run whose numbers have gone bad."""
+        self._read_window()
+        with self._clock.paused():
+            if self.stop.requested:
+                self.counters.interruptions += 1
+            self.snapshots.save(self._state())
+        self._saved_step = self.counters.step
+
+    def _state(self) -> RunState:
+        return RunState(
+            counters=self.counters,
+            data=self.data.position,
+            random=capture_random_state(),
+            window=self.window.state(),
+            strategy=self.strategy.plain_state(),
+            identity=self.identity,
+        )
+
+    @property
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.counters.step, self.config.eval_every
+        at_rhythm = bool(every) and step % every == 0
+        return (
+            self.evaluator is not None
+            and self.counters.evaluated_step < step
+            and (at_rhythm or step == self.total_steps)
+        )
+
+    @property
+    def _checkpoint_is_due(self) -> bool:
+        step, every = self.counters.step, self.config.checkpoint.every
+        at_rhythm = bool(every) and step % every == 0
+        return step > self._saved_step and (at_rhythm or step == self.total_steps)
+
+    @property
+    def _report_is_due(self) -> bool:
+        step = self.counters.step
+        return step % self.config.log.every == 0 or step == self.total_steps
+
+    def _watching(self, phase: str) -> Any:
+        return explaining_out_of_memory(phase, self.config, self.strategy.device)
+
+    def _warn_of_unused(self) -> None:
+        self._first_step = False
+        unused = self.strategy.parameters_without_gradient()
+        if unused:
+            logger.warning(
+                "W-UNUSED: %d trainable parameters get no gradient: %s%s",
+                len(unused), ", ".join(unused[:10]), " ..." if len(unused) > 10 else "",
+            )  # fmt: skip

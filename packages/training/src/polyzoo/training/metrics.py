@@ -1,0 +1,175 @@
+"""Per-step numbers kept on the device until somebody wants to read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyzoo.core.errors import DataError
+from polyzoo.training.loader import Batch
+from polyzoo.training.step import StepOutput
+from polyzoo.training.strategies.base import UpdateReport
+
+Scalar = Tensor | float
+
+
+class Weigher:
+    """Turns micro-batch losses into one loss, as if the micro-batches had been one large batch.
+
+    Each loss is multiplied by its weight relative to the first, over the number of micro-batches,
+    so that the products keep the size of a mean (fp16 would overflow otherwise). The gradients are
+    divided by the sum of these factors once it is known, after the last backward pass.
+
+    Example:
+        >>> weigher = Weigher(micro_batches=2)
+        >>> (loss_a * weigher.factor(30)).backward()
+        >>> (loss_b * weigher.factor(10)).backward()
+        >>> for p in model.parameters():
+        ...     p.grad /= weigher.divisor
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self.factors: list[Scalar] = []
+        self._first: Scalar = 1.0
+
+    def factor(self, weight: Scalar) -> Scalar:
+        """Return what the next micro-batch's loss is multiplied by."""
+        if isinstance(weight, Tensor):
+            weight = weight.detach().float()
+        elif not (weight >= 0 and math.isfinite(weight)):
+            raise DataError(f"StepOutput.weight={weight} must be a finite number of at least 0")
+        if self.micro_batches == 1:
+            self.factors.append(1.0)
+            return 1.0
+        if not self.factors:
+            self._first = _or_one(weight)
+        factor = weight / (self._first * self.micro_batches)
+        self.factors.append(factor)
+        return factor
+
+    @property
+    def divisor(self) -> Scalar:
+        """What summed gradients, losses and metrics are divided by."""
+        return _or_one(sum(self.factors))
+
+
+def _or_one(value: Scalar) -> Scalar:
+    if isinstance(value, Tensor):
+        return torch.where(value > 0, value, torch.ones_like(value))
+    return float(value) or 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """The numbers of one optimizer step, possibly still on the device."""
+
+    step: int
+    batches: list[tuple[int, int, int]]
+    """Epoch, first sample and number of samples of each micro-batch."""
+    values: dict[str, Scalar]
+    """loss, grad_norm, bad, tokens, and the step function's metrics under metric/."""
+
+
+def step_row(
+    step: int,
+    batches: Sequence[Batch],
+    outputs: Sequence[StepOutput],
+    weigher: Weigher,
+    loss: Tensor,
+    report: UpdateReport,
+) -> StepRow:
+    """Return the row of a step; nothing is read from the device."""
+    values: dict[str, Scalar] = {"loss": loss, "grad_norm": report.grad_norm, "bad": report.bad}
+    counted = [output.tokens for output in outputs if output.tokens is not None]
+    if counted:
+        values["tokens"] = sum(counted)
+    for name, value in outputs[0].metrics.items():
+        if len(outputs) > 1:
+            terms = zip(weigher.factors, outputs, strict=True)
+            total = sum(factor * output.metrics[name] for factor, output in terms)
+            value = total / weigher.divisor
+        values[f"{_METRIC}{name}"] = value
+    places = [(batch.epoch, batch.start, batch.samples) for batch in batches]
+    return StepRow(step, places, values)
+
+
+_METRIC = "metric/"
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSummary:
+    """Means over the steps of a log window."""
+
+    epoch: int
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+
+
+def _mean(name: str, rows: Sequence[StepRow]) -> float:
+    numbers = [float(row.values[name]) for row in rows if name in row.values]
+    # An overflown norm under fp16 is the loss scaler's business, not the curve's.
+    finite = [number for number in numbers if math.isfinite(number)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+class Window:
+    """Rows since the last log line. Values cross to the host in one go, when asked for."""
+
+    def __init__(self) -> None:
+        self.rows: list[StepRow] = []
+        self._pending: list[StepRow] = []
+
+    def add(self, row: StepRow) -> None:
+        """Keep a row whose values may still be on the device."""
+        self._pending.append(row)
+
+    def read(self) -> list[StepRow]:
+        """Bring the rows added since the last reading to the host, and return these."""
+        slots = [
+            (row, name, value)
+            for row in self._pending
+            for name, value in row.values.items()
+            if isinstance(value, Tensor)
+        ]
+        # One transfer per dtype instead of one per number.
+        for dtype in {value.dtype for _, _, value in slots}:
+            chosen = [slot for slot in slots if slot[2].dtype == dtype]
+            numbers = torch.stack([value.detach().reshape(()) for _, _, value in chosen]).tolist()
+            for (row, name, _), number in zip(chosen, numbers, strict=True):
+                row.values[name] = float(number)
+        read, self._pending = self._pending, []
+        self.rows += read
+        return read
+
+    def summary(self) -> WindowSummary:
+        """Return means over the good rows read so far, and start anew."""
+        rows, self.rows = self.rows, []
+        good = [row for row in rows if not row.values["bad"]] or rows
+        names = {name for row in good for name in row.values if name.startswith(_METRIC)}
+        return WindowSummary(
+            epoch=rows[-1].batches[-1][0],
+            loss=_mean("loss", good),
+            grad_norm=_mean("grad_norm", good),
+            metrics={name.removeprefix(_METRIC): _mean(name, good) for name in sorted(names)},
+        )
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return the rows for a checkpoint; call after `read`."""
+        return [
+            {"step": row.step, "batches": [list(b) for b in row.batches], "values": row.values}
+            for row in self.rows
+        ]
+
+    def load(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take back what `state` returned."""
+        self.rows = [
+            StepRow(row["step"], [tuple(b) for b in row["batches"]], dict(row["values"]))
+            for row in rows
+        ]

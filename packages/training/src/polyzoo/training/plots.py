@@ -1,0 +1,88 @@
+"""Pictures of a run, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polyzoo.core.io import atomic_path
+from polyzoo.training.events import read_events
+
+PLOTS = "plots"
+_COLUMNS = 2
+_INK = "#1f4e79"
+
+Series = tuple[list[int], list[float]]
+
+
+def draw_plots(run_dir: Path) -> list[Path]:
+    """Draw training.png, and metrics.png and evaluation.png where the run has such numbers."""
+    events = list(read_events(run_dir))
+    pages = {
+        "training": _training(events),
+        "metrics": _named(events, "train"),
+        "evaluation": _named(events, "eval"),
+    }
+    drawn: list[Path] = []
+    for name, panels in pages.items():
+        if panels:
+            path = run_dir / PLOTS / f"{name}.png"
+            _draw_page(path, f"{run_dir.name}: {name}", panels)
+            drawn.append(path)
+    return drawn
+
+
+def _training(events: list[dict[str, Any]]) -> dict[str, Series]:
+    wanted = {
+        "loss": "loss",
+        "learning rate": "lr",
+        "gradient norm": "grad_norm",
+        "tokens per second": "tokens_per_second",
+        "samples per second": "samples_per_second",
+        "memory (bytes)": "memory_bytes",
+    }
+    panels: dict[str, Series] = {}
+    for title, key in wanted.items():
+        points = [(e["step"], e[key]) for e in events if e["event"] == "train" and key in e]
+        _add(panels, title, points)
+    return panels
+
+
+def _named(events: list[dict[str, Any]], kind: str) -> dict[str, Series]:
+    chosen = [event for event in events if event["event"] == kind]
+    names = sorted({name for event in chosen for name in event["metrics"]})
+    panels: dict[str, Series] = {}
+    for name in names:
+        points = [(e["step"], e["metrics"][name]) for e in chosen if name in e["metrics"]]
+        _add(panels, name, points)
+    return panels
+
+
+def _add(panels: dict[str, Series], title: str, points: list[tuple[int, float | None]]) -> None:
+    finite = [(step, value) for step, value in points if value is not None]
+    if finite:
+        panels[title] = ([step for step, _ in finite], [value for _, value in finite])
+
+
+def _draw_page(path: Path, title: str, panels: Mapping[str, Series]) -> None:
+    # The object interface: pyplot would keep global state and may open a window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = -(-len(panels) // _COLUMNS)
+    figure = Figure(figsize=(5.5 * _COLUMNS, 2.8 * rows + 0.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for index, (name, (steps, values)) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, _COLUMNS, index + 1)
+        few = len(steps) <= 40
+        axes.plot(steps, values, color=_INK, linewidth=1.2, marker="o" if few else "", markersize=3)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,159 @@
+"""The whole model on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyzoo.training.checkpoint.flat import BUFFER, MASTER, FlatReader, Shard, whole
+from polyzoo.training.config import TrainConfig
+from polyzoo.training.ema import Master
+from polyzoo.training.optim import ParamGroups, build_optimizer, set_learning_rate
+from polyzoo.training.precision import compute_dtype, forward_context, keep_masters_fp32
+from polyzoo.training.strategies.base import UpdateReport
+
+
+class SingleDevice:
+    """Trains in one process on one device; autocast in front of fp32 weights."""
+
+    name = "single"
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        param_groups: ParamGroups | None = None,
+    ) -> None:
+        self.device = device
+        self.dtype = compute_dtype(config.precision, device)
+        self.grad_clip = config.grad_clip
+        self.skips_bad_steps = config.nan_policy == "skip"
+        keep_masters_fp32(model)
+        self.module = model.to(device)
+        self.optimizer = build_optimizer(self.module, config.optim, param_groups)
+        self.scaler = torch.amp.GradScaler(device.type) if self.dtype == torch.float16 else None
+        self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Return the autocast context of a forward pass."""
+        return forward_context(self.dtype, self.device)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of a micro-batch; nothing is exchanged, so `last` changes nothing."""
+        del last
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    @torch.no_grad()
+    def optimizer_step(self, *, lr: float, loss: Tensor, divisor: Tensor | float) -> UpdateReport:
+        """Divide the gradients, clip them, update the weights and clear the gradients."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._trainable.values() if p.grad is not None]
+        norm = self._rescale(gradients, divisor)
+        # With a loss scaler, gradients overflow now and then by design and the scaler skips them.
+        watched = loss if self.scaler else loss + norm
+        bad = torch.isfinite(watched).logical_not().float()
+        set_learning_rate(self.optimizer, lr)
+        self._update(bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        return UpdateReport(norm, bad)
+
+    def _rescale(self, gradients: list[Tensor], divisor: Tensor | float) -> Tensor:
+        """Divide and clip in one pass over the gradients; return the norm before clipping."""
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.device) / divisor
+        if self.grad_clip is not None:
+            scale = torch.clamp(self.grad_clip / (norm + 1e-6), max=1.0) / divisor
+        elif isinstance(divisor, Tensor) or divisor != 1.0:
+            scale = torch.as_tensor(1 / divisor, device=self.device)
+        else:
+            return norm
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
+        return norm
+
+    def _update(self, bad: Tensor) -> None:
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # Fused optimizers leave weights and moments alone where found_inf is 1, on the device,
+            # so a bad step costs no wait and does no harm before it is reported.
+            self.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        elif not (self.skips_bad_steps and bad.item()):
+            # Others can only skip by decision of the host: one wait per step, if asked for.
+            self.optimizer.step()
+
+    def parameters_without_gradient(self) -> list[str]:
+        """Return the trainable parameters that the backward pass has not reached."""
+        return [name for name, p in self._trainable.items() if p.grad is None]
+
+    def masters(self) -> list[Master]:
+        """Return the fp32 weights: here the parameters themselves."""
+        return [Master(name, parameter) for name, parameter in self._trainable.items()]
+
+    def local_shards(self) -> Iterator[Shard]:
+        """Return trainable parameters, their optimizer state, and persistent buffers, whole."""
+        for name, parameter in self._trainable.items():
+            yield whole(MASTER, name, parameter)
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.ndim:
+                    yield whole(key, name, value)
+        for name, value in self._buffers().items():
+            yield whole(BUFFER, name, value)
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return scalar optimizer state, values of the optimizer's groups, and the loss scale."""
+        scalars: dict[str, dict[str, Any]] = {}
+        for name, parameter in self._trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if not (isinstance(value, Tensor) and value.ndim):
+                    scalars.setdefault(name, {})[key] = value
+        known = {"params", "lr", "lr_scale", "weight_decay", *self.optimizer.defaults}
+        groups = [
+            {key: value for key, value in group.items() if key not in known}
+            for group in self.optimizer.param_groups
+        ]
+        scaler = self.scaler.state_dict() if self.scaler else {}
+        return {"scalars": scalars, "groups": groups, "scaler": scaler}
+
+    @torch.no_grad()
+    def load_shards(self, reader: FlatReader, state: dict[str, Any]) -> None:
+        """Take weights, optimizer state and buffers from a checkpoint that was found to fit."""
+        for name, parameter in self._trainable.items():
+            parameter.copy_(reader.tensor(MASTER, name))
+        for name, value in self._buffers().items():
+            value.copy_(reader.tensor(BUFFER, name))
+        own = self.optimizer.state_dict()
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = {parameter: name for name, parameter in self._trainable.items()}
+        loaded: dict[int, dict[str, Any]] = {}
+        for index, parameter in enumerate(order):
+            name = names[parameter]
+            keys = [key for key in reader.states(name) if key not in (MASTER, BUFFER, "ema")]
+            entry = {key: reader.tensor(key, name) for key in keys}
+            entry.update(state["scalars"].get(name, {}))
+            if entry:
+                loaded[index] = entry
+        for group, values in zip(own["param_groups"], state["groups"], strict=True):
+            group.update(values)
+        self.optimizer.load_state_dict({"state": loaded, "param_groups": own["param_groups"]})
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        everything = self.module.state_dict(keep_vars=True)
+        return {
+            name: value
+            for name, value in everything.items()
+            if isinstance(value, Tensor) and name not in parameters
+        }

@@ -1,0 +1,299 @@
+"""Who serves what: choosing, explaining, naming and overriding backends."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import pickle
+import threading
+import timeit
+from typing import Any
+
+import pytest
+import torch
+
+from polyzoo.attention import (
+    Backend,
+    CuSeqlens,
+    DecomposedBias,
+    Request,
+    attention,
+    backends,
+    choose,
+    explain,
+    use_backend,
+)
+from polyzoo.attention.cli import BackendsConfig, ExplainConfig
+from polyzoo.attention.commands import explain_call, list_backends, render_backends
+from polyzoo.attention.features import BIT, FEATURES
+from polyzoo.attention.registry import pick, refusal
+from polyzoo.core.errors import UsageError
+from support.cli import run_cli, run_python
+
+SHAPE = (2, 4, 6, 8)
+CPU = torch.device("cpu")
+
+
+def request(**changes) -> Request:
+    return Request(CPU, torch.float32, 64, 64, 0, 0)._replace(**changes)
+
+
+def served_by(**options) -> str:
+    """Name of the backend that would serve a call."""
+    choice = explain(SHAPE, SHAPE, SHAPE, **options)
+    return "nobody" if choice.backend is None else choice.backend.name
+
+
+class TestChoosing:
+    def test_auto_takes_the_first_and_gives_a_line_for_every_other(self):
+        choice = choose(request())
+        assert choice.backend.name == "sdpa"
+        assert choice.reasons == ("reference: sdpa comes first",)
+        assert str(choice).splitlines()[0].startswith("sdpa: ")
+
+    def test_a_hit_takes_less_than_three_microseconds(self):
+        asked = request(features=BIT["causal"])
+        choose(asked)
+        seconds = min(timeit.repeat(lambda: choose(asked), number=2000, repeat=5)) / 2000
+        assert seconds < 3e-6
+
+    def test_a_named_backend_never_falls_back(self):
+        with pytest.raises(ValueError, match='backend="sdpa" cannot serve this call: sdpa: has no'):
+            choose(request(features=BIT["int8"]), "sdpa")
+
+    def test_reasons_come_in_a_fixed_order(self):
+        backend = Backend(
+            name="kernel",
+            summary="one that needs much",
+            forward=backends()[0].forward,
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.float16}),
+            head_dims=lambda d: d % 8 == 0,
+            head_dims_text="multiples of 8",
+            features=frozenset({"causal"}),
+            available=lambda: "not installed: pip install kernel",
+        )
+        asked = request(head_dim=72, value_dim=12, features=BIT["mask"] | BIT["causal"])
+        assert refusal(backend, asked) == "kernel: not installed: pip install kernel"
+        here = dataclasses.replace(backend, available=lambda: None)
+        assert refusal(here, asked) == "kernel: runs on cuda, this is cpu"
+        here = dataclasses.replace(here, devices=None)
+        assert refusal(here, asked) == "kernel: computes float16, not float32"
+        half = asked._replace(dtype=torch.float16)
+        assert refusal(here, half) == "kernel: head size 12 is not served (allowed: multiples of 8)"
+        even = half._replace(value_dim=72)
+        assert refusal(here, even) == "kernel: has no mask"
+        assert refusal(here, even._replace(features=BIT["causal"])) is None
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_compute_capability(self):
+        asked = request(device=torch.device("cuda", 0))
+        new = dataclasses.replace(backends()[0], min_cc=(99, 0))
+        old = dataclasses.replace(backends()[0], max_cc=(1, 0))
+        assert "needs sm_990, this is " in refusal(new, asked)
+        assert "ends at sm_10, this is " in refusal(old, asked)
+
+    def test_falling_back_is_logged_once_per_reason(self, caplog: pytest.LogCaptureFixture):
+        sdpa, reference = backends()
+        narrow = dataclasses.replace(sdpa, name="narrow", head_dims=lambda d: d == 64)
+        with caplog.at_level(logging.WARNING, logger="polyzoo.attention"):
+            assert pick([narrow, reference], request()).backend is narrow
+            assert not caplog.records
+            for name in ("lse", "mask"):
+                choice = pick([narrow, reference], request(head_dim=72, features=BIT[name]))
+                assert choice.backend is reference
+        assert [record.getMessage() for record in caplog.records] == [
+            "attention falls back to reference; narrow: head size 72 is not served (allowed: any)"
+        ]
+
+    def test_every_feature_has_a_bit(self):
+        assert len(set(BIT.values())) == len(FEATURES)
+        assert all(backend.features <= set(FEATURES) for backend in backends())
+
+    def test_records_can_be_pickled(self):
+        lengths = CuSeqlens.from_lengths([1, 2])
+        again = pickle.loads(pickle.dumps(lengths))
+        assert again.q.tolist() == [0, 1, 3]
+        assert [b.name for b in pickle.loads(pickle.dumps(backends()))] == ["sdpa", "reference"]
+
+
+class TestExplaining:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"causal": True, "backward": True},
+            {"window": (3, 3)},
+            {"kv_lens": (2,)},
+            {"mask": (6, 6), "bias": (6, 6)},
+            {"dropout": 0.1},
+            {"return_lse": True},
+            {"dtype": torch.float16, "device": "cuda"},
+        ],
+    )
+    def test_shapes(self, options):
+        assert served_by(**options) == "sdpa"
+
+    def test_meta_tensors_and_what_they_hold(self):
+        q = torch.empty(1, 4, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        k = torch.empty(1, 2, 6, 8, device="meta", dtype=torch.bfloat16)
+        choice = explain(q, k, k, cu_seqlens=CuSeqlens.from_lengths([6]), device="cpu")
+        assert choice.backend.name == "sdpa"
+        bias = DecomposedBias(*(torch.empty(1, 4, 6, n, device="meta") for n in (2, 3)))
+        assert explain(q, k, k, bias=bias, device="cpu").backend.name == "sdpa"
+
+    def test_nobody_serves_int8(self):
+        choice = explain(SHAPE, SHAPE, SHAPE, precision="int8")
+        assert choice.backend is None
+        assert [reason.split(":")[0] for reason in choice.reasons] == ["sdpa", "reference"]
+        assert str(choice).startswith("no backend serves this call")
+
+    def test_the_matrix_rule(self):
+        long = (1, 16, 1 << 14, 80)
+        assert explain(long, long, long).backend.name == "sdpa"
+        parts = [torch.empty(1, 16, 1 << 14, 1 << 7, device="meta") for _ in range(2)]
+        choice = explain(long, long, long, bias=DecomposedBias(*parts))
+        assert choice.backend is None
+        assert "17,179,869,184 bytes" in choice.reasons[0]
+
+    def test_bad_shapes_are_errors(self):
+        with pytest.raises(ValueError, match="batch"):
+            explain((1, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3, 4))
+
+
+class TestOverriding:
+    def test_argument_context_environment(self, monkeypatch: pytest.MonkeyPatch):
+        q = torch.zeros(SHAPE)
+        monkeypatch.setenv("POLYZOO_ATTENTION", "reference")
+        assert explain(q, q, q).backend.name == "reference"
+        with use_backend("sdpa"):
+            assert explain(q, q, q).backend.name == "sdpa"
+            assert explain(q, q, q, backend="reference").backend.name == "reference"
+            with use_backend("auto"):
+                assert explain(q, q, q).backend.name == "sdpa"
+        assert explain(q, q, q).backend.name == "reference"
+
+    def test_the_override_reaches_the_call(self):
+        huge = [torch.zeros(1, 1, 1, 8).expand(1, 1, n, 8) for n in (1 << 15, 1 << 15, 1 << 15)]
+        with use_backend("reference"), pytest.raises(ValueError, match="score matrix"):
+            attention(*huge)
+
+    def test_leaving_by_an_error_restores(self):
+        with pytest.raises(KeyError), use_backend("reference"):
+            raise KeyError
+        assert served_by() == "sdpa"
+
+    def test_threads_do_not_see_each_other(self):
+        inside, seen = threading.Barrier(2), {}
+
+        def work(name: str):
+            with use_backend(name):
+                inside.wait()
+                q = torch.randn(SHAPE)
+                attention(q, q, q)
+                seen[name] = served_by()
+                inside.wait()
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in ("sdpa", "reference")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen == {"sdpa": "sdpa", "reference": "reference"}
+        assert served_by() == "sdpa"
+
+    def test_tasks_do_not_see_each_other(self):
+        async def work(name: str) -> str:
+            with use_backend(name):
+                await asyncio.sleep(0.01)
+                return served_by()
+
+        async def both() -> list[str]:
+            return await asyncio.gather(work("reference"), work("sdpa"))
+
+        assert asyncio.run(both()) == ["reference", "sdpa"]
+
+
+def test_many_threads_share_one_description():
+    lengths = CuSeqlens.from_lengths([5, 7, 7, 3])
+    q = torch.randn(1, 2, 22, 8, generator=torch.Generator().manual_seed(0))
+    expected = attention(q, q, q, cu_seqlens=lengths)
+    results: list[torch.Tensor] = []
+    fresh = CuSeqlens(lengths.q, lengths.k, 7, 7)
+    threads = [
+        threading.Thread(target=lambda: results.append(attention(q, q, q, cu_seqlens=fresh)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    assert all(torch.equal(result, expected) for result in results)
+
+
+class TestCommands:
+    def test_explain(self):
+        done = run_cli("attention", "explain", "--q", "2,16,4096,72", "--json")
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["backend"] == "sdpa"
+        assert answer["reasons"] == ["reference: sdpa comes first"]
+
+    def test_explain_for_people(self):
+        flags = ("--q", "1,16,65536,80", "--relpos", "256,256", "--dtype", "bf16")
+        done = run_cli("attention", "explain", *flags)
+        assert done.returncode == 1
+        lines = done.stdout.splitlines()
+        assert lines[0] == "no backend serves this call"
+        assert [line.split(":")[0] for line in lines[1:]] == ["  not sdpa", "  not reference"]
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ({"q": "2,16,72"}, "--q 2,16,72: give 4 sizes"),
+            ({"q": "2,16,x,72"}, "give 4 sizes"),
+            ({"q": "1,1,2,8", "k": "2,1,2,8"}, r"batch \(axis 0\) disagrees"),
+            ({"q": "1,1,2,8", "relpos": "3,3"}, "3 x 3 is not the number of keys, 2"),
+            ({"q": "1,1,2,8", "relpos": "1,2", "bias": True}, "one bias"),
+            ({"q": "1,1,2,8", "device": "toaster"}, "toaster"),
+            ({"q": "1,1,2,8", "backend": "nope"}, "backend is 'nope'"),
+        ],
+    )
+    def test_wrong_usage(self, flags: dict[str, Any], message: str):
+        with pytest.raises(UsageError, match=message):
+            explain_call(ExplainConfig(**flags))
+
+    def test_backends(self):
+        table = list_backends(BackendsConfig())
+        assert [row.name for row in table.backends] == ["sdpa", "reference"]
+        assert table.auto["cpu"] == ("sdpa", "reference")
+        assert "n x m for every call" in render_backends(table)
+        packed = explain_call(ExplainConfig(q="1,4,8,16", packed=True, kv_lens=False, causal=True))
+        assert packed.backend == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import polyzoo.attention; dir(polyzoo.attention)",
+        "import polyzoo.attention.cli",
+        "import polyzoo.attention.integrations",
+    ],
+)
+def test_importing_the_package_loads_no_torch(code: str):
+    done = run_python(f"{code}\nimport sys\nassert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    done = run_python(
+        "import polyzoo.attention.registry\n"
+        "import polyzoo.attention as a\n"
+        "values = {name: getattr(a, name) for name in a.__all__}\n"
+        "assert callable(values['backends']) and callable(values['attention'])"
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,187 @@
+"""What machines do to a run: kills, full disks, signals, two processes in one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from polyzoo.core.errors import LockedError
+from polyzoo.training import CheckpointConfig, DataConfig, TrainConfig
+from polyzoo.training.checkpoint.store import CheckpointStore, find_fault
+from support.forks import Fork
+from support.runs import (
+    assert_same_run,
+    checkpoint_folder,
+    fit,
+    logged,
+    regression_step,
+    tiny_config,
+)
+
+# Python 3.12 and later warn of any fork beside threads; these children only train.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+
+
+def store_of(config: TrainConfig) -> CheckpointStore:
+    return CheckpointStore(Path(config.run_dir) / "checkpoints")
+
+
+def steps_logged(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def slow(pause: float):
+    def step(model, batch, ctx):
+        time.sleep(pause)
+        return regression_step(model, batch, ctx)
+
+    return step
+
+
+def test_killed_while_saving_again_and_again_the_run_always_resumes(
+    tmp_path, request, record_property
+) -> None:
+    """A child saves after every step; it is killed at a random moment; the next child goes on."""
+    kills = request.config.getoption("--kills")
+    config = tiny_config(tmp_path / "run", steps=100_000)
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every=1, keep_last=2))
+    store = store_of(config)
+    chance = random.Random(0)
+    reached, inside = 0, 0
+    for _ in range(kills):
+        child = Fork(lambda: fit(config), tmp_path / "stderr")
+        child.until(lambda: bool(store.steps()) and store.steps()[-1] > reached)
+        time.sleep(chance.uniform(0, 0.05))
+        child.send(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        inside += any(entry.name.endswith(".tmp") for entry in store.folder.iterdir())
+        # Every folder under its final name is whole, whenever the kill came.
+        assert [step for step in store.steps() if find_fault(store.path(step))] == []
+        assert store.steps()[-1] > reached
+        reached = store.steps()[-1]
+    record_property("kills", f"{kills}, {inside} inside a save, {reached} steps")
+    assert inside, "no kill fell into a save: the test has tested nothing"
+    fit(dataclasses.replace(config, steps=reached + 2))
+    assert [step for step, _ in logged(tmp_path / "run")] == list(range(1, reached + 3))
+    left = {entry.name for entry in store.folder.iterdir()}
+    assert left == {"latest", *(store.path(step).name for step in store.steps())}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_ends_where_a_quiet_run_ends(workers, tmp_path) -> None:
+    data = DataConfig(workers=workers)
+    quiet = tiny_config(tmp_path / "quiet", steps=12, data=data)
+    fit(quiet)
+    killed = dataclasses.replace(quiet, run_dir=tmp_path / "killed")
+    for _ in range(4):
+        done = steps_logged(tmp_path / "killed")
+        child = Fork(lambda: fit(killed, step_fn=slow(0.02)), tmp_path / "stderr")
+        child.until(lambda: steps_logged(tmp_path / "killed") > min(done + 1, 10))
+        child.send(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    assert Fork(lambda: fit(killed), tmp_path / "stderr").wait() == 0
+    assert_same_run(tmp_path / "quiet", tmp_path / "killed", 12)
+
+
+def test_a_file_size_limit_keeps_the_old_checkpoint(tmp_path) -> None:
+    config = tiny_config(tmp_path / "run", steps=5)
+    fit(dataclasses.replace(config, steps=2))
+    old = checkpoint_folder(tmp_path / "run", 2)
+    before = (old / "rank00000.safetensors").read_bytes()
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        fit(config)
+
+    child = Fork(limited, tmp_path / "stderr")
+    assert child.wait() == 1
+    what, why, fix = child.errors().splitlines()
+    assert what == (
+        "E-DISK-FULL: the checkpoint of step 3 could not be written; "
+        "checkpoint of step 2 is untouched"
+    )
+    assert "the file size limit was reached" in why
+    assert "run the same command to resume" in fix
+    assert (old / "rank00000.safetensors").read_bytes() == before
+    assert not list(old.parent.glob(".*.tmp"))
+    assert fit(config).step == 5
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 KiB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip("mounting a tmpfs needs root: run the tests as root to include this one")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 12_288], ids=["nothing left", "half a checkpoint left"])
+def test_a_full_disk_keeps_the_old_checkpoint(left, small_disk, tmp_path) -> None:
+    config = tiny_config(small_disk / "run", steps=5)
+    fit(dataclasses.replace(config, steps=2))
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "ballast").write_bytes(bytes(free - left))
+    child = Fork(lambda: fit(config), tmp_path / "stderr")
+    assert child.wait() == 1
+    assert child.errors().startswith("E-DISK-FULL: ")
+    assert "checkpoint of step 2 is untouched" in child.errors()
+    assert len(child.errors().splitlines()) == 3
+    assert find_fault(checkpoint_folder(small_disk / "run", 2)) is None
+    (small_disk / "ballast").unlink()
+    assert fit(config).step == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75_and_resuming_equals_never_stopping(number, tmp_path) -> None:
+    config = tiny_config(tmp_path / "whole", steps=8, data=DataConfig(workers=1))
+    fit(config)
+    stopped = dataclasses.replace(
+        config, run_dir=tmp_path / "run", checkpoint=CheckpointConfig(every=1000)
+    )
+    child = Fork(lambda: fit(stopped, step_fn=slow(0.1)), tmp_path / "stderr")
+    child.until(lambda: steps_logged(tmp_path / "run") >= 2)
+    with pytest.raises(LockedError, match=rf"in use by process {child.pid} \(training\)"):
+        fit(stopped)
+    child.send(number)
+    assert child.wait() == 75, child.errors()
+    at = store_of(stopped).steps()[-1]
+    assert 2 <= at < 8
+    assert child.errors() == (
+        f"stopped by {number.name} after step {at} of 8, which is saved; the same command resumes\n"
+    )
+    assert fit(stopped).interrupted
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 8)
+
+
+def test_a_second_ctrl_c_aborts_at_once(tmp_path) -> None:
+    config = tiny_config(tmp_path / "run", checkpoint=CheckpointConfig(every=1000))
+    child = Fork(lambda: fit(config, step_fn=slow(0.5)), tmp_path / "stderr")
+    child.until(lambda: steps_logged(tmp_path / "run") >= 1)
+    child.send(signal.SIGINT)
+    time.sleep(0.1)
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    assert store_of(config).steps() == []
+
+
+def test_handlers_come_back(tmp_path) -> None:
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in asking]
+    fit(tiny_config(tmp_path, steps=1))
+    assert [signal.getsignal(number) for number in asking] == before

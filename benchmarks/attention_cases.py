@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
 from polyzoo.attention.kernels.problem import Problem
 
 
@@ -39,9 +40,7 @@ def plain(name, what, b, h, hk, n, m, d, *, right=-1, left=-1, pairs=None, backw
 
     def build() -> Problem:
         made = {key: value() for key, value in more.items()}
-        return Problem(
-            **tensors(b, h, hk, n, m, d), scale=d**-0.5, left=left, right=right, **made
-        )
+        return Problem(**tensors(b, h, hk, n, m, d), scale=d**-0.5, left=left, right=right, **made)
 
     traffic = 2.0 * d * b * (2 * h * n + 2 * hk * m)
     return Case(name, what, build, 4.0 * b * h * pairs * d, traffic, backward)
@@ -103,9 +102,7 @@ def floor_ms(case: Case, *, tflops: float = 751.0, gigabytes: float = 3020.0) ->
     return max(case.flops / (tflops * 1e9), case.bytes / (gigabytes * 1e6))
 
 
-def median_ms(
-    run: Callable[[], object], *, target_ms: float = 40.0, graph: bool = True
-) -> float:
+def median_ms(run: Callable[[], object], *, target_ms: float = 40.0, graph: bool = True) -> float:
     """Median over repeats of CUDA events, each with the L2 cache flushed before.
 
     With `graph` the calls are replayed from a CUDA graph, so that the time is the GPU's alone.

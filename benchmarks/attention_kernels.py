@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
 from attention_cases import BY_NAME, CASES, Case, floor_ms, median_ms
 from polyzoo.attention import CuSeqlens, DecomposedBias, attention
 from polyzoo.attention.kernels.problem import Problem
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -102,7 +103,7 @@ def peers(problem: Problem):
 
 
 def packed(problem: Problem):
-    """torch's packed kernel, with the packing done before."""
+    """Torch's packed kernel, with the packing done before."""
     from torch.nn.attention.varlen import varlen_attn
 
     b, h, n, d = problem.q.shape
@@ -171,7 +172,9 @@ def measure(case: Case, target_ms: float):
     for name in ("forward", "forward_backward") if case.backward else ("forward",):
         backward = name != "forward"
         tensors = [t.detach().requires_grad_(backward) for t in leaves(problem)]
-        fields = [f for f in ("q", "k", "v", "bias", "rel_h", "rel_w") if getattr(problem, f) is not None]
+        fields = [
+            f for f in ("q", "k", "v", "bias", "rel_h", "rel_w") if getattr(problem, f) is not None
+        ]
         call = replace(problem, **dict(zip(fields, tensors, strict=True)))
         times: dict[str, float] = {}
         runs = [("triton", ours(call)), *peers(call)]

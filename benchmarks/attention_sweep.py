@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from attention_cases import BY_NAME, CASES, median_ms
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import Wanted, backward
@@ -33,7 +34,7 @@ FORWARD_SMALL = [
     (16, 64, 4, 2, False), (32, 32, 4, 2, False), (32, 64, 4, 2, False), (32, 128, 4, 2, False),
 ]  # fmt: skip
 BACKWARD_KV = [
-    (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2),
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2),
     (32, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3),
 ]  # fmt: skip
 BACKWARD_Q = [

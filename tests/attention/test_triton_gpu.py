@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+
 from polyzoo.attention import DecomposedBias, attention, explain
 from polyzoo.attention.kernels import launch_short
 from polyzoo.attention.kernels.launch import forward
@@ -39,9 +40,7 @@ def run_all(problem: Problem, dout):
 
 def errors(found, wanted):
     return {
-        name: (value.double() - wanted[name].double()).abs().max().item()
-        if value.numel()
-        else 0.0
+        name: (value.double() - wanted[name].double()).abs().max().item() if value.numel() else 0.0
         for name, value in found.items()
         if name != "lse"
     }
@@ -286,7 +285,9 @@ def test_memory_does_not_grow_with_the_score_matrix(kind):
     if kind == "kv_lens":
         rules = {"kv_lens": torch.tensor([20000], device=DEVICE)}
     if kind == "relpos":
-        rules = {"bias": DecomposedBias(normal(q.dtype, 1, 1, n, 256), normal(q.dtype, 1, 1, n, 128))}
+        rules = {
+            "bias": DecomposedBias(normal(q.dtype, 1, 1, n, 256), normal(q.dtype, 1, 1, n, 128))
+        }
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.attention_oracle import parity_names
 from support.cli import run_python
 
@@ -44,7 +45,11 @@ def test_stored_case(report: dict[str, Any], name: str, dtype: str):
     else:
         o, gradient = WITHOUT_PEER[dtype]
         limits = {key: 2 * (o if key == "o" else gradient) + floor for key in row["errors"]}
-    over = {key: (error, limits[key]) for key, error in row["errors"].items() if not error <= limits[key]}
+    over = {
+        key: (error, limits[key])
+        for key, error in row["errors"].items()
+        if not error <= limits[key]
+    }
     assert not over, "largest error above (found, limit)"
     assert row["lse"] <= (1e-3 if name.startswith("huge_logits") else 2e-6)
     assert row["dead_rows_agree"]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from polyzoo.attention.kernels.problem import Problem
 from torch import Tensor
+
+from polyzoo.attention.kernels.problem import Problem
 
 PARITY = Path(__file__).parents[1] / "parity" / "attention"
 GRADIENTS = ("q", "k", "v", "bias", "rel_h", "rel_w")
@@ -26,9 +27,7 @@ def parity_case(name: str, dtype: torch.dtype, device: str) -> tuple[Problem, di
     with np.load(PARITY / f"{name}.npz") as stored:
         tensors = {key: torch.from_numpy(stored[key]).to(device) for key in stored.files}
     left, right = facts["window"] or (-1, -1)
-    floats = {
-        key: tensors[key].to(dtype) for key in ("q", "k", "v", *GRADIENTS) if key in tensors
-    }
+    floats = {key: tensors[key].to(dtype) for key in ("q", "k", "v", *GRADIENTS) if key in tensors}
     cu_q, cu_k = tensors.get("cu_seqlens_q"), tensors.get("cu_seqlens_k")
     problem = Problem(
         **floats,
@@ -42,9 +41,7 @@ def parity_case(name: str, dtype: torch.dtype, device: str) -> tuple[Problem, di
         max_q=0 if cu_q is None else int((cu_q[1:] - cu_q[:-1]).max()),
         max_k=0 if cu_k is None else int((cu_k[1:] - cu_k[:-1]).max()),
         dropout=facts["dropout_p"] or 0.0,
-        rng=torch.tensor([facts["dropout_seed"], 0], device=device)
-        if facts["dropout_p"]
-        else None,
+        rng=torch.tensor([facts["dropout_seed"], 0], device=device) if facts["dropout_p"] else None,
     )
     return problem, tensors
 
@@ -112,8 +109,10 @@ def dense(problem: Problem, sequence: int | None = None) -> tuple[Tensor, Tensor
         scores = scores + (problem.rel_h[..., :, None] + problem.rel_w[..., None, :]).flatten(-2)
     seen = visible(problem).expand(scores.shape)
     scores = scores.masked_fill(~seen, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1) if problem.keys else scores.new_full(
-        scores.shape[:-1], -torch.inf
+    lse = (
+        torch.logsumexp(scores, dim=-1)
+        if problem.keys
+        else scores.new_full(scores.shape[:-1], -torch.inf)
     )
     shift = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse).detach()
     weights = torch.exp(scores - shift[..., None])
@@ -172,9 +171,7 @@ def torch_math(problem: Problem, dout: Tensor) -> dict[str, Tensor]:
 
 def _differentiate(problem, dout, dtype, function) -> dict[str, Tensor]:
     names = [name for name in GRADIENTS if getattr(problem, name) is not None]
-    leaves = {
-        name: getattr(problem, name).detach().to(dtype).requires_grad_() for name in names
-    }
+    leaves = {name: getattr(problem, name).detach().to(dtype).requires_grad_() for name in names}
     out, lse = function(replace(problem, **leaves))
     out.backward(dout.to(dtype))
     found = {"o": out.detach(), "lse": lse.detach()}

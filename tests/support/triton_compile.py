@@ -1,9 +1,10 @@
-"""Compile a kernel of polyzoo.attention for a GPU that need not be there, and read what came out."""
+"""Compile a kernel of polyzoo.attention for a GPU that need not be there, and read the result."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from triton.compiler import ASTSource
 FLOATS = {"scale", "keep_scale", "true_scale"}
 STATISTICS = {"Lse", "Delta", "Part", "PartLse"}
 INTEGERS = {"KvLens": "*i32", "CuQ": "*i32", "CuK": "*i32", "Schedule": "*i32", "Rng": "*i64"}
+OPTIONAL = {
+    "Bias", "Mask", "RelH", "RelW", "DRelH", "DRelW", "Index", "Counts", "KvLens", "CuQ", "CuK",
+    "Schedule", "Rng",
+}  # fmt: skip
 LISTS = {"Index": "*i32", "Counts": "*i32", "Mask": "*u8"}
 
 
@@ -80,8 +85,6 @@ def compile_kernel(
 
 def read(cubin: bytes, shared: int) -> Compiled:
     """Disassemble with the cuobjdump of triton's wheel."""
-    import tempfile
-
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -96,3 +99,42 @@ def read(cubin: bytes, shared: int) -> Compiled:
     assert found is not None, usage
     names = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.M))
     return Compiled(int(found[1]), int(found[2]), shared, names)
+
+
+def compile_case(key: str, sizes: tuple[int, int, int, int, bool], *, capability: int) -> Compiled:
+    """Compile the kernel of a key of `tuning.case_key`, for training, with those tile sizes."""
+    from polyzoo.attention.kernels import triton_backward_kv, triton_backward_q, triton_forward
+    from polyzoo.attention.kernels.tiles import head_blocks
+
+    kind, head, rules, queries, _ = key.split("|")
+    block_m, block_n, warps, stages, tma = sizes
+    d = int(head)
+    first, second = head_blocks(d)
+    grid = int(rules.removeprefix("grid")) if rules.startswith("grid") else 0
+    lens, causal, window = (rules == rule for rule in ("lens", "causal", "window"))
+    block_n = max(block_n, grid)
+    constants = {
+        "GROUP": 1, "ALIGN": 8, "D": d, "D0": first, "D1": second, "DV": d, "DV0": first,
+        "DV1": second, "BM": block_m, "BN": block_n, "HAS_LEFT": window,
+        "HAS_RIGHT": causal or window, "KVLENS": lens, "PACKED": False, "HAS_MASK": False,
+        "HAS_BIAS": False, "NATURAL": False, "KW": 14 if grid == 16 else grid, "KWP": grid or 1,
+        "DROPOUT": False, "EDGES": bool(rules) or int(queries) < 1024, "RAW": not grid,
+        "TMA": tma, "LOW": True, "CAREFUL": True, "PRECISION": "ieee",
+    }  # fmt: skip
+    present = {"KvLens"} if lens else set()
+    if grid:
+        present |= {"RelH", "RelW", "DRelH", "DRelW"}
+    widths = {"KD0": first, "KD1": second, "VD0": first, "VD1": second}
+    return compile_kernel(
+        {
+            "forward": triton_forward.forward_kernel,
+            "backward_kv": triton_backward_kv.backward_kv_kernel,
+            "backward_q": triton_backward_q.backward_q_kernel,
+        }[kind],
+        constants,
+        capability=capability,
+        warps=warps,
+        stages=stages,
+        absent=OPTIONAL - present,
+        descriptors={n: [1, 1, block_n, w] for n, w in widths.items() if w} if tma else None,
+    )

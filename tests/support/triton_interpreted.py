@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
-from support.attention_oracle import (
-    exact,
-    keep_mask,
-    parity_case,
-    parity_names,
-    torch_math,
-    visible,
-)
 from torch import Tensor
 
 from polyzoo.attention import operators, triton
@@ -31,6 +24,14 @@ from polyzoo.attention.kernels.launch_backward import backward
 from polyzoo.attention.kernels.mask_tiles import classify_mask, mask_tiles, packed_schedule
 from polyzoo.attention.kernels.problem import Problem, heads_last
 from polyzoo.attention.types import Call
+from support.attention_oracle import (
+    exact,
+    keep_mask,
+    parity_case,
+    parity_names,
+    torch_math,
+    visible,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # bf16 is wrong in the interpreter
 
@@ -304,4 +305,4 @@ PARTS: tuple[Callable[[], dict[str, object]], ...] = (
 
 if __name__ == "__main__":
     np.seterr(all="ignore")  # exponentials of rows that are thrown away overflow
-    print(json.dumps({part.__name__: part() for part in PARTS}))
+    sys.stdout.write(json.dumps({part.__name__: part() for part in PARTS}))

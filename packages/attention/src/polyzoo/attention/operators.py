@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 _INPUTS = 11  # tensors of the forward operator, before its numbers
 
 
-@torch.library.custom_op("polyzoo::attention_forward", mutates_args=())
-def attention_forward(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -71,8 +70,7 @@ def attention_forward(
     return (*run(problem), q.new_empty(0))
 
 
-@attention_forward.register_fake
-def _(
+def _fake_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,8 +97,7 @@ def _(
     return out, q.new_empty((b, h, n), dtype=torch.float32), low
 
 
-@torch.library.custom_op("polyzoo::attention_backward", mutates_args=())
-def attention_backward(
+def run_backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -161,8 +158,7 @@ def attention_backward(
     return tuple(q.new_empty(0) if t is None else t for t in made)  # pyright: ignore[reportReturnType]
 
 
-@attention_backward.register_fake
-def _(
+def _fake_backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -207,6 +203,16 @@ def _(
     )
 
 
+attention_forward: Any = torch.library.custom_op(
+    "polyzoo::attention_forward", run_forward, mutates_args=()
+)
+attention_backward: Any = torch.library.custom_op(
+    "polyzoo::attention_backward", run_backward, mutates_args=()
+)
+attention_forward.register_fake(_fake_forward)
+attention_backward.register_fake(_fake_backward)
+
+
 def _needs(flags: tuple[bool, ...]) -> tuple[bool, bool, bool]:
     """Which kernels to run, from what q, k, v, bias, rel_h and rel_w need."""
     q, k, v, bias, rel_h, rel_w = flags
@@ -239,7 +245,7 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         """As the operator, without the rounding."""
-        out, lse, low = attention_forward._init_fn(*arguments)
+        out, lse, low = run_forward(*arguments)
         _remember(ctx, arguments, (out, lse, low))
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -253,7 +259,6 @@ class Attend(torch.autograd.Function):
             return (None,) * (_INPUTS + len(ctx.numbers) + 1)
         out, lse, low, *inputs = ctx.saved_tensors
         flags = ctx.needs_input_grad[:6]
-        grads = attention_backward._init_fn(
-            dout, out, lse, low, *inputs, *ctx.numbers, *_needs(flags)
-        )
+        numbers: tuple[Any, ...] = (*ctx.numbers, *_needs(flags))
+        grads = run_backward(dout, out, lse, low, *inputs, *numbers)  # pyright: ignore[reportCallIssue]
         return (*_only(grads, flags), *(None,) * (_INPUTS - 6 + len(ctx.numbers) + 1))

@@ -57,5 +57,5 @@ def forward(call: Call) -> tuple[Tensor, Tensor | None]:
         return out, lse.detach()
     if needs_grad:
         return operators.Attend.apply(*arguments)  # pyright: ignore[reportReturnType]
-    out, lse, _ = operators.attention_forward._init_fn(*arguments)
+    out, lse, _ = operators.run_forward(*arguments)
     return out, lse

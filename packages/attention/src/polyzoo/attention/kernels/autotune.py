@@ -17,46 +17,36 @@ from polyzoo.core.io import atomic_write
 from polyzoo.core.log import get_logger
 
 logger = get_logger(__name__)
-
 _REPEATS = 10
 CANDIDATES: dict[str, tuple[TileConfig, ...]] = {
-    "forward": tuple(
-        TileConfig(*sizes)
-        for sizes in (
-            (16, 64, 4, 2),
-            (64, 32, 4, 3),
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (128, 32, 4, 3),
-            (128, 64, 8, 2),
-            (128, 64, 8, 3),
-            (128, 128, 8, 2),
-            (64, 64, 4, 3, True),
-            (128, 64, 8, 3, True),
-            (128, 128, 8, 3, True),
-        )
+    "forward": (
+        TileConfig(16, 64, 4, 2),
+        TileConfig(64, 32, 4, 3),
+        TileConfig(64, 64, 4, 2),
+        TileConfig(64, 64, 4, 3),
+        TileConfig(128, 32, 4, 3),
+        TileConfig(128, 64, 8, 2),
+        TileConfig(128, 64, 8, 3),
+        TileConfig(128, 128, 8, 2),
+        TileConfig(64, 64, 4, 3, tma=True),
+        TileConfig(128, 64, 8, 3, tma=True),
+        TileConfig(128, 128, 8, 3, tma=True),
     ),
-    "backward_kv": tuple(
-        TileConfig(*sizes)
-        for sizes in (
-            (32, 64, 4, 2),
-            (32, 64, 4, 3),
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (64, 128, 8, 2),
-            (64, 128, 8, 3),
-        )
+    "backward_kv": (
+        TileConfig(32, 64, 4, 2),
+        TileConfig(32, 64, 4, 3),
+        TileConfig(64, 64, 4, 2),
+        TileConfig(64, 64, 4, 3),
+        TileConfig(64, 128, 8, 2),
+        TileConfig(64, 128, 8, 3),
     ),
-    "backward_q": tuple(
-        TileConfig(*sizes)
-        for sizes in (
-            (64, 32, 4, 3),
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (128, 32, 8, 3),
-            (128, 64, 8, 2),
-            (128, 64, 8, 3),
-        )
+    "backward_q": (
+        TileConfig(64, 32, 4, 3),
+        TileConfig(64, 64, 4, 2),
+        TileConfig(64, 64, 4, 3),
+        TileConfig(128, 32, 8, 3),
+        TileConfig(128, 64, 8, 2),
+        TileConfig(128, 64, 8, 3),
     ),
 }
 """What is tried: eight warps only with 128 rows, see `tuning.default_config`."""

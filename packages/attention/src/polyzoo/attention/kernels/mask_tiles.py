@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from polyzoo.attention.kernels.problem import strides
+from polyzoo.attention.kernels.triton_masks import classify_kernel
 
 _Built = TypeVar("_Built")
 
@@ -31,28 +30,6 @@ class MaskTiles:
     """int32 `(mask b, mask h, rows, 2)`: how many are full and how many partial."""
 
 
-@triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "s_m", "heads", "n", "m"])
-def _classify_kernel(
-    Mask, State, s_b, s_h, s_n, s_m, heads, n, m, BM: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
-    """State of a tile: 0 empty, 1 full, 2 partial; tiles over the edge are never full."""
-    rows = tl.cdiv(n, BM)
-    columns = tl.cdiv(m, BN)
-    pid = tl.program_id(0)
-    column = pid % columns
-    row = pid // columns % rows
-    outer = pid // columns // rows
-    i = row * BM + tl.arange(0, BM)
-    j = column * BN + tl.arange(0, BN)
-    base = Mask + tl.cast(outer // heads, tl.int64) * s_b + tl.cast(outer % heads, tl.int64) * s_h
-    at = i.to(tl.int64)[:, None] * s_n + j.to(tl.int64)[None, :] * s_m
-    inside = (i < n)[:, None] & (j < m)[None, :]
-    seen = tl.load(base + at, mask=inside, other=0).to(tl.int32)
-    count = tl.sum(tl.sum((seen != 0).to(tl.int32), 1), 0)
-    state = tl.where(count == 0, 0, tl.where(count == BM * BN, 1, 2))
-    tl.store(State + pid, state.to(tl.int8))
-
-
 def classify_mask(mask: Tensor, *, n: int, m: int, block_m: int, block_n: int) -> Tensor:
     """State of every tile of a bool mask `(mask b, mask h, n or 1, m or 1)`, int8.
 
@@ -64,8 +41,10 @@ def classify_mask(mask: Tensor, *, n: int, m: int, block_m: int, block_n: int) -
     grid = (b, h, -(-n // block_m), -(-m // block_n))
     state = torch.empty(grid, dtype=torch.int8, device=mask.device)
     if state.numel():
-        _classify_kernel[(state.numel(),)](
-            mask.view(torch.uint8), state, *strides(mask, 4), h, n, m, BM=block_m, BN=block_n
+        bytes_of = mask.view(torch.uint8)
+        s_b, s_h, s_n, s_m = strides(mask, 4)
+        classify_kernel[(state.numel(),)](
+            bytes_of, state, s_b, s_h, s_n, s_m, h, n, m, BM=block_m, BN=block_n
         )
     return state
 

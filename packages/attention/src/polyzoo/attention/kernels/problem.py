@@ -20,8 +20,8 @@ UNBOUNDED = 1 << 30
 class Problem:
     """Checked inputs of one call; nothing here is validated again.
 
-    `causal` is `right = 0`; `left` and `right` are -1 where unbounded. `mask` (bool) and `bias` have
-    four axes, each of full size or 1. Packed calls have `cu_q` and `cu_k` and a batch of one.
+    `causal` is `right = 0`; `left` and `right` are -1 where unbounded. `mask` (bool) and `bias`
+    have four axes, each of full size or 1. Packed calls have `cu_q` and `cu_k` and a batch of one.
     """
 
     q: Tensor
@@ -212,7 +212,7 @@ class Problem:
 
 
 def strides(tensor: Tensor | None, axes: int) -> list[int]:
-    """First `axes` strides of a tensor, 0 for axes of size 1 (broadcast) and for a missing tensor."""
+    """First `axes` strides of a tensor, 0 for axes of size 1 and for a missing tensor."""
     if tensor is None:
         return [0] * axes
     pairs = zip(tensor.shape[:axes], tensor.stride()[:axes], strict=True)
@@ -220,7 +220,7 @@ def strides(tensor: Tensor | None, axes: int) -> list[int]:
 
 
 def reads_whole(tensor: Tensor) -> bool:
-    """Whether every row of a `(b, h, n, d)` tensor is dense and starts at a multiple of 16 bytes."""
+    """Whether the rows of a `(b, h, n, d)` tensor are dense and start at multiples of 16 bytes."""
     return (
         tensor.data_ptr() % 16 == 0
         and tensor.stride(-1) == 1

@@ -1,5 +1,8 @@
 """Small kernels of the backward pass: row sums of dout * out, and the gradient of a dense bias."""
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# Triton code only looks like Python: its compiler, not the type checker, knows these types.
 from __future__ import annotations
 
 import triton
@@ -8,15 +11,13 @@ import triton.language as tl
 from polyzoo.attention.kernels.triton_device import LOG2E, dropout_keep, load_block, visible
 
 
-@triton.jit(
-    do_not_specialize=["o_b", "o_h", "o_n", "do_b", "do_h", "do_n", "heads", "n"]
-)
+@triton.jit(do_not_specialize=["o_b", "o_h", "o_n", "do_b", "do_h", "do_n", "heads", "n"])
 def delta_kernel(
     Out, Low, DOut, Delta, o_b, o_h, o_n, do_b, do_h, do_n, heads, n,
     ALIGN: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
     LOW: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * (out + low)) in fp32, contiguous `(b, h, n)`."""
+    """Delta = rowsum(dout * (out + low)) in fp32, contiguous `(b, h, n)`."""
     tiles = tl.cdiv(n, BM)
     pid = tl.program_id(0)
     outer = pid // tiles

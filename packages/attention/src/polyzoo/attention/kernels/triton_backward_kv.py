@@ -5,6 +5,9 @@ from registers. No atomics: a program owns its key tile, or a numbered slice of 
 that a later sum adds up in fixed order.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# Triton code only looks like Python: its compiler, not the type checker, knows these types.
 from __future__ import annotations
 
 import triton
@@ -32,7 +35,8 @@ def _query_step(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr,
+    KW: tl.constexpr, KWP: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add what one query tile gives to the gradients of the keys and values.
@@ -78,9 +82,7 @@ def _query_step(
         p = tl.exp2(s - lse[None, :] * LOG2E)
     keep = (j < length)[:, None]
     if MASKED:
-        keep = visible(
-            i[None, :], j[:, None], length, length - n, left, right, HAS_LEFT, HAS_RIGHT
-        )
+        keep = visible(i[None, :], j[:, None], length, length - n, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_MASK:
             safe_keys = tl.minimum(j, m - 1)[:, None].to(tl.int64)
             at = safe_rows.to(tl.int64) * mask_n + safe_keys * mask_m
@@ -268,8 +270,8 @@ def backward_kv_kernel(
                     q_base, do_base, Lse + stat_at, Delta + stat_at, q_n, do_n,
                     bias_base, bias_n, bias_m, mask_base, mask_n, mask_m,
                     rel_h_base, rel_w_base, rel_h_n, rel_w_n, Rng,
-                    D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL,
-                    KW, KWP, DROPOUT, PRECISION, CAREFUL, True,
+                    D, D0, D1, DV, DV0, DV1, BM, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS,
+                    NATURAL, KW, KWP, DROPOUT, PRECISION, CAREFUL, True,
                 )  # fmt: skip
 
     # Rows of keys past the sequence's length hold garbage: they get zero gradients.

@@ -4,6 +4,9 @@ A program holds all queries of one key head, `group * n` rows padded to 16 or mo
 slice of the keys. `merge_kernel` joins the slices by their log-sum-exp, exactly.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# Triton code only looks like Python: its compiler, not the type checker, knows these types.
 from __future__ import annotations
 
 import triton
@@ -150,7 +153,9 @@ def merge_kernel(
     b = row // (heads * n)
     h = row // n % heads
     i = row % n
-    base = Out + tl.cast(b, tl.int64) * o_b + tl.cast(h, tl.int64) * o_h + tl.cast(i, tl.int64) * o_n
+    base = (
+        Out + tl.cast(b, tl.int64) * o_b + tl.cast(h, tl.int64) * o_h + tl.cast(i, tl.int64) * o_n
+    )
     tl.store(base + column, merged.to(Out.dtype.element_ty), mask=column < DV)
     whole = tl.log2(tl.where(dead, 1.0, total)) * LN2 + pivot
     tl.store(Lse + row, tl.where(dead, -float("inf"), whole))

@@ -1,5 +1,8 @@
 """Pieces that every Triton kernel here is made of: tile ranges, masked loads, masks, dropout."""
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# Triton code only looks like Python: its compiler, not the type checker, knows these types.
 from __future__ import annotations
 
 import triton
@@ -80,9 +83,7 @@ def query_bounds(
 
 
 @triton.jit
-def visible(
-    i, j, length, delta, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
+def visible(i, j, length, delta, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which pairs of query row i and key j the described masks leave, as a broadcast of both."""
     keep = (j < length) & (i >= 0)
     if HAS_RIGHT:
@@ -103,7 +104,7 @@ def load_block(
     TOTAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load columns START .. START + WIDTH of some rows; columns past TOTAL and masked rows are 0."""
+    """Load columns START .. START + WIDTH of some rows; 0 past TOTAL and for masked rows."""
     columns = START + tl.arange(0, WIDTH)
     pointers = base + offsets[:, None] * stride + columns[None, :]
     if START + WIDTH > TOTAL:
@@ -145,9 +146,7 @@ def dropout_keep(Rng, i, j, sequence_head, threshold):
     seed = tl.load(Rng)
     offset = tl.load(Rng + 1).to(tl.int32)
     zero = (i * 0) + (j * 0)
-    word, _, _, _ = tl.philox(
-        seed, j + zero, i + zero, zero + sequence_head, zero + offset
-    )
+    word, _, _, _ = tl.philox(seed, j + zero, i + zero, zero + sequence_head, zero + offset)
     return word >= threshold.to(tl.uint32, bitcast=True)
 
 

@@ -5,6 +5,9 @@ the next power of two, and a key tile holds BN // KWP whole grid rows. With BN =
 term of a tile is one column per query row and the width term is the same tile in every step.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# Triton code only looks like Python: its compiler, not the type checker, knows these types.
 from __future__ import annotations
 
 import triton
@@ -34,7 +37,7 @@ def grid_valid(j, kh, KW: tl.constexpr, KWP: tl.constexpr):
 def width_term(
     base, i, stride, j, KW: tl.constexpr, KWP: tl.constexpr, NATURAL: tl.constexpr
 ):  # fmt: skip
-    """rel_w[i, j % KWP] in log2 or NATURAL units, -inf for columns without a key; i and j broadcast."""
+    """rel_w[i, j % KWP] in log2 or NATURAL units, -inf where there is no key; i and j broadcast."""
     x = j % KWP
     term = tl.load(base + i * stride + x, mask=(x < KW) & (i >= 0), other=-float("inf"))
     term = term.to(tl.float32)

@@ -5,6 +5,9 @@ chip, no running maximum is needed, and the loop over query tiles is pipelined, 
 that of reading the queries and writing the result.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
+# Triton code only looks like Python: its compiler, not the type checker, knows these types.
 from __future__ import annotations
 
 import triton

@@ -19,7 +19,7 @@ H100: dict[str, tuple[int, int, int, int, bool]] = {
     "forward|80|grid16|256|256": (64, 32, 4, 3, False),
     "forward|64|lens|512|512": (64, 32, 4, 3, False),
     "forward|128|causal|2048|2048": (64, 64, 4, 2, True),
-    "forward|128|causal|4096|4096": (64, 64, 4, 3, False),
+    "forward|128|causal|4096|4096": (128, 64, 8, 3, False),
     "forward|64|window|4096|4096": (64, 64, 4, 3, False),
     "forward|64||1024|1024": (128, 64, 8, 3, True),
     "forward|64||256|256": (64, 64, 4, 3, False),
@@ -60,9 +60,18 @@ BY_HEAD: dict[str, tuple[tuple[int, tuple[int, int, int, int, bool]], ...]] = {
         (64, (64, 64, 4, 3, False)),
         (80, (128, 64, 8, 3, True)),
         (96, (64, 32, 4, 3, False)),
-        (128, (64, 64, 4, 3, False)),
+        (128, (128, 64, 8, 3, False)),
     ),
-    "backward_kv": ((64, (32, 64, 4, 3, False)), (80, (64, 64, 4, 3, False)), (128, (32, 64, 4, 3, False))),
-    "backward_q": ((64, (64, 32, 4, 3, False)), (80, (128, 32, 8, 3, False)), (96, (64, 32, 4, 3, False)), (128, (64, 32, 4, 3, False))),
+    "backward_kv": (
+        (64, (32, 64, 4, 3, False)),
+        (80, (64, 64, 4, 3, False)),
+        (128, (32, 64, 4, 3, False)),
+    ),
+    "backward_q": (
+        (64, (64, 32, 4, 3, False)),
+        (80, (128, 32, 8, 3, False)),
+        (96, (64, 32, 4, 3, False)),
+        (128, (64, 32, 4, 3, False)),
+    ),
 }
 """Where no case was measured: sizes up to a head dimension, the first that reaches it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -43,9 +43,8 @@ def classify_mask(mask: Tensor, *, n: int, m: int, block_m: int, block_n: int) -
     if state.numel():
         bytes_of = mask.view(torch.uint8)
         s_b, s_h, s_n, s_m = strides(mask, 4)
-        classify_kernel[(state.numel(),)](
-            bytes_of, state, s_b, s_h, s_n, s_m, h, n, m, BM=block_m, BN=block_n
-        )
+        start: Any = classify_kernel[(state.numel(),)]
+        start(bytes_of, state, s_b, s_h, s_n, s_m, h, n, m, BM=block_m, BN=block_n)
     return state
 
 

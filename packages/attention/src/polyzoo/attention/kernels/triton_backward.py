@@ -137,7 +137,7 @@ def backward_bias_kernel(
             dp = tl.dot(do1, tl.trans(v1), dp, input_precision=PRECISION)
         stat_at = (place * heads + h) * n + row_at
         lse = tl.load(Lse + stat_at + local_m, mask=row_mask, other=float("inf"))
-        lse = tl.where(lse == -float("inf"), float("inf"), lse)
+        lse = tl.where(lse < -1e30, float("inf"), lse)
         delta = tl.load(Delta + stat_at + local_m, mask=row_mask, other=0.0)
         bias_base = Bias + place * bias_b + head_at * bias_h
         bias = tl.load(bias_base + safe_rows * bias_n + safe_keys * bias_m).to(tl.float32)

@@ -57,14 +57,15 @@ def _query_step(
     if D1 > 0:
         q1 = load_block(q_base, local, q_n, row_mask, D0, D1, D, MASKED)
         s = tl.dot(k1, tl.trans(q1), s, input_precision=PRECISION)
-    # +inf stands for rows past the end and rows that see nothing: their probabilities are 0.
+    # +inf stands for rows past the end, rows that see nothing and rows whose bias is everywhere so
+    # low that the sum of exponentials is lost in it: their probabilities are 0.
     if MASKED:
         lse = tl.load(Lse + row_at + local, mask=row_mask, other=float("inf"))
         delta = tl.load(Delta + row_at + local, mask=row_mask, other=0.0)
     else:
         lse = tl.load(Lse + row_at + local)
         delta = tl.load(Delta + row_at + local)
-    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    lse = tl.where(lse < -1e30, float("inf"), lse)
     safe_rows = tl.minimum(i, n - 1)[None, :]
     if HAS_BIAS:
         safe_keys = tl.minimum(j, m - 1)[:, None].to(tl.int64)

@@ -165,7 +165,7 @@ def backward_q_kernel(
     DQ += (place * dq_b + head_at * dq_h + row_at * dq_n) * 8
     stat_at = (place * heads + head) * lse_h + row_at
     lse = tl.load(Lse + stat_at + local, mask=row_mask, other=float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    lse = tl.where(lse < -1e30, float("inf"), lse)
     if not NATURAL:
         lse = lse * LOG2E
     delta = tl.load(Delta + stat_at + local, mask=row_mask, other=0.0)

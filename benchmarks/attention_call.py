@@ -3,10 +3,10 @@
     python benchmarks/attention_call.py [--quick] [--device cuda] [--case NAME]
 
 One JSON line per case. `ours_ms` and `peer_ms` are medians of alternating runs; `ratio` is peer /
-ours, above 1 where ours is faster. `floor_ms` is the time of the necessary arithmetic (true lengths, true
-head size) at the rate of a large matrix product measured in the same process. The peer is what one
-writes without this package: torch's function, with a boolean mask where lengths differ, or one call
-per sequence where a batch is packed.
+ours, above 1 where ours is faster. `floor_ms` is the time of the necessary arithmetic (true
+lengths, true head size) at the rate of a large matrix product measured in the same process. The
+peer is what one writes without this package: torch's function, with a boolean mask where lengths
+differ, or one call per sequence where a batch is packed.
 """
 
 from __future__ import annotations

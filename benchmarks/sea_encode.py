@@ -66,7 +66,7 @@ def main() -> None:
     mask = (ids != PAD).long()
     tokens = sum(packed.lengths)
     say(
-        machine=torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        machine=torch.cuda.get_device_name() if cuda else platform.machine(),
         torch=torch.__version__, threads=torch.get_num_threads(), dtype=str(dtype), layers=layers,
         sequences=count, tokens=tokens, mean=round(tokens / count, 1), padded=count * LONGEST,
     )  # fmt: skip
@@ -154,7 +154,7 @@ class Selected:
     def __init__(self, call: Callable[[], tuple[Tensor, Tensor]], keep: Tensor) -> None:
         self.call, self.keep, self.first = call, keep, True
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
+    def __call__(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         states, pooled = self.call()
         if self.first:
             self.first = False

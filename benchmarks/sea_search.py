@@ -1,9 +1,9 @@
-"""Index time, one-file update time and search latency over an installed package; one JSON line each.
+"""Index, update and search times over an installed package, one JSON line each.
 
-    python benchmarks/sea_search.py --repo $(python -c "import transformers; print(transformers.__path__[0])")
+    python benchmarks/sea_search.py --repo .venv/lib/python3.11/site-packages/transformers
 
-Queries are first lines of the package's own documentation, drawn with a seed. Without --index the index
-is made in a temporary folder. --updates edits a copy of the package, never the package.
+Queries are first lines of the package's own documentation, drawn with a seed. Without --index the
+index is made in a temporary folder. --updates edits a copy of the package, never the package.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 from polyzoo.sea.embedder import load_embedder
-from polyzoo.sea.search import Searcher, SearchRequest
-from polyzoo.sea.search_config import IndexConfig
+from polyzoo.sea.search import Searcher
+from polyzoo.sea.search_config import IndexConfig, SearchRequest
 from polyzoo.sea.update import build_index
 
 
@@ -116,8 +116,8 @@ def _embedder(model: str):
     if model != "identifiers":
         return load_embedder(model)
     # The encoder of the tests: no weights, and next to no time, so what is measured is the rest.
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "sea"))
-    from identifier_encoder import IdentifierEncoder
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from support.identifier_encoder import IdentifierEncoder
 
     return IdentifierEncoder(dim=384)
 

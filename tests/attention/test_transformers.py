@@ -30,38 +30,38 @@ IDS = torch.randint(4, 99, (3, 10), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([10, 4, 7])
 
 
-def roberta() -> nn.Module:
-    config = transformers.RobertaConfig(**SIZES, max_position_embeddings=40)
-    return transformers.RobertaModel(config)
+def roberta() -> Any:
+    return transformers.RobertaConfig(**SIZES, max_position_embeddings=40)
 
 
-def bert() -> nn.Module:
-    config = transformers.BertConfig(**SIZES, max_position_embeddings=40)
-    return transformers.BertModel(config)
+def bert() -> Any:
+    return transformers.BertConfig(**SIZES, max_position_embeddings=40)
 
 
-def llama() -> nn.Module:
-    return transformers.LlamaModel(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+def llama() -> Any:
+    return transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
 
 
-def t5() -> nn.Module:
-    config = transformers.T5Config(
+def t5() -> Any:
+    return transformers.T5Config(
         vocab_size=99, d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=48, pad_token_id=1
     )
-    return transformers.T5Model(config)
 
 
-def clip() -> nn.Module:
-    config = transformers.CLIPTextConfig(**SIZES, max_position_embeddings=40)
-    return transformers.CLIPTextModel(config)
+def clip() -> Any:
+    return transformers.CLIPTextConfig(**SIZES, max_position_embeddings=40)
 
 
-def q_former() -> nn.Module:
+def q_former() -> Any:
     sizes = {name: SIZES[name] for name in list(SIZES)[:5]}
-    config = transformers.Blip2QFormerConfig(
+    return transformers.Blip2QFormerConfig(
         **sizes, encoder_hidden_size=24, max_position_embeddings=40
     )
-    return transformers.Blip2QFormerModel(config)
+
+
+def model(config: Callable[[], Any], name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.AutoModel.from_config(config(), attn_implementation=name).eval()
 
 
 def padding(side: str) -> Tensor:
@@ -71,16 +71,16 @@ def padding(side: str) -> Tensor:
     return mask if side == "right" else mask.flip(1)
 
 
-def run(model: nn.Module, mask: Tensor) -> Tensor:
-    if isinstance(model, transformers.Blip2QFormerModel):
+def run(tiny: nn.Module, mask: Tensor) -> Tensor:
+    if isinstance(tiny, transformers.Blip2QFormerModel):
         chance = torch.Generator().manual_seed(1)
-        return model(
+        return tiny(
             query_embeds=torch.randn(3, 10, 32, generator=chance),
             encoder_hidden_states=torch.randn(3, 6, 24, generator=chance),
             encoder_attention_mask=padding_of_six(mask),
         ).last_hidden_state
-    extra = {"decoder_input_ids": IDS[:, :7]} if isinstance(model, transformers.T5Model) else {}
-    return model(input_ids=IDS, attention_mask=mask, **extra).last_hidden_state
+    extra = {"decoder_input_ids": IDS[:, :7]} if isinstance(tiny, transformers.T5Model) else {}
+    return tiny(input_ids=IDS, attention_mask=mask, **extra).last_hidden_state
 
 
 def padding_of_six(mask: Tensor) -> Tensor:
@@ -88,15 +88,11 @@ def padding_of_six(mask: Tensor) -> Tensor:
     return mask[:, 2:8]
 
 
-def pair(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+def pair(build: Callable[[], Any]) -> tuple[nn.Module, nn.Module]:
     """One model twice: with torch's attention, and with ours."""
     hook.register()
-    torch.manual_seed(0)
-    theirs = build().eval()
-    theirs.set_attn_implementation("sdpa")
-    ours = build().eval()
+    theirs, ours = model(build, "sdpa"), model(build, hook.NAME)
     ours.load_state_dict(theirs.state_dict())
-    ours.set_attn_implementation(hook.NAME)
     return theirs, ours
 
 
@@ -116,7 +112,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 @pytest.mark.parametrize("build", [llama, roberta, bert, t5, clip, q_former])
-def test_equals_sdpa(build: Callable[[], nn.Module], side: str):
+def test_equals_sdpa(build: Callable[[], Any], side: str):
     theirs, ours = pair(build)
     mask = padding(side)
     expected, found = run(theirs, mask), run(ours, mask)
@@ -130,21 +126,18 @@ def test_equals_sdpa(build: Callable[[], nn.Module], side: str):
 
 
 @pytest.mark.parametrize("build", [llama, roberta, t5, clip, q_former])
-def test_every_layer_comes_through_here(build: Callable[[], nn.Module], calls: list[nn.Module]):
-    torch.manual_seed(0)
-    model = build().eval()
-    model.set_attn_implementation(hook.NAME)
-    run(model, padding("right"))
+def test_every_layer_comes_through_here(build: Callable[[], Any], calls: list[nn.Module]):
+    run(model(build, hook.NAME), padding("right"))
     assert len(calls) >= 2
     assert len({id(module) for module in calls}) == len(calls)
 
 
 @pytest.mark.parametrize("build", [llama, roberta])
-def test_gradients_equal_sdpa(build: Callable[[], nn.Module]):
+def test_gradients_equal_sdpa(build: Callable[[], Any]):
     theirs, ours = pair(build)
     mask = padding("right")
-    for model in (theirs, ours):
-        run(model, mask)[mask.bool()].square().sum().backward()
+    for tiny in (theirs, ours):
+        run(tiny, mask)[mask.bool()].square().sum().backward()
     for (name, one), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
         if one.grad is not None:
             torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-5, msg=name)
@@ -160,7 +153,7 @@ class TestMaskFunction:
         assert (run(ours, mask)[mask.bool()] - expected).abs().max() > 1e-3
 
     @pytest.mark.parametrize("build", [roberta, llama, t5])
-    def test_padding_is_not_seen(self, build: Callable[[], nn.Module]):
+    def test_padding_is_not_seen(self, build: Callable[[], Any]):
         """Fails when the mask function is lost: then padded tokens change the others."""
         _, ours = pair(build)
         mask = padding("right")
@@ -187,12 +180,12 @@ class TestMaskFunction:
 
 class TestPacking:
     @staticmethod
-    def packed(model: nn.Module, **extra: Any) -> Tensor:
+    def packed(tiny: nn.Module, **extra: Any) -> Tensor:
         valid = padding("right").bool()
-        first = 2 if isinstance(model, transformers.RobertaModel) else 0
+        first = 2 if isinstance(tiny, transformers.RobertaModel) else 0
         positions = (torch.arange(10) + first).expand(3, 10)
         lengths = CuSeqlens.from_lengths(LENGTHS)
-        return model(
+        return tiny(
             input_ids=IDS[valid][None],
             position_ids=positions[valid][None],
             cu_seq_lens_q=lengths.q,
@@ -203,14 +196,14 @@ class TestPacking:
         ).last_hidden_state[0]
 
     @pytest.mark.parametrize("build", [roberta, bert, llama])
-    def test_equals_padded(self, build: Callable[[], nn.Module]):
+    def test_equals_padded(self, build: Callable[[], Any]):
         theirs, ours = pair(build)
         mask = padding("right")
         expected = run(theirs, mask)[mask.bool()]
         torch.testing.assert_close(self.packed(ours), expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("build", [roberta, bert])
-    def test_gradients_equal_padded(self, build: Callable[[], nn.Module]):
+    def test_gradients_equal_padded(self, build: Callable[[], Any]):
         theirs, ours = pair(build)
         mask = padding("right").bool()
         run(theirs, mask.long())[mask].square().sum().backward()

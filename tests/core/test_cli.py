@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -326,7 +326,7 @@ def every_help() -> list[tuple[str, ...]]:
 
 def test_every_help_is_fast_and_without_torch() -> None:
     code = (
-        "import sys, time\nstart = time.perf_counter()\n"
+        "import sys\n"
         "from polyzoo.core.cli import main\n"
         "status = main(sys.argv[1:])\n"
         "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'matplotlib', 'pyarrow'}\n"
@@ -335,16 +335,14 @@ def test_every_help_is_fast_and_without_torch() -> None:
     pages = every_help()
     assert ("assets", "fetch") in pages
     for page in pages:
-        best = 9.0
-        for _ in range(3):  # the best of three: other processes may keep this one waiting
-            start = time.perf_counter()
-            done = run_python(code, *page, "--help")
-            best = min(best, time.perf_counter() - start)
-            if best < 1:
-                break
+        # Processor time, since a busy machine may keep the process waiting for as long as it likes.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run_python(code, *page, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         name = " ".join(("polyzoo", *page, "--help"))
         assert done.stderr == "0 []\n", f"{name}: {done.stderr}"
-        assert best < 1.0, f"{name} takes {best:.2f} s"
+        assert seconds < 1.0, f"{name} takes {seconds:.2f} s"
         assert len(done.stdout) > 100
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ FILES = {
     "README.md": b"a card",
 }
 REVISION = "a" * 40
+UPLOADED: list[tuple[str, list[dict[str, Any]]]] = []
 
 
 def test_a_saved_model_comes_back(tmp_path: Path) -> None:
@@ -76,6 +79,29 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer(with_body=True)
+
+    def do_POST(self) -> None:
+        """Take a new repository, say that files go in as they are, and take a commit of them."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        lines = [json.loads(line) for line in body.splitlines()]
+        if self.path == "/api/repos/create":
+            reply = {"url": f"http://{self.headers['Host']}/me/new"}
+        elif self.path.endswith("/preupload/main"):
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in lines[0]["files"]]
+            reply = {"files": [{**file, "shouldIgnore": False} for file in files]}
+        elif self.path.endswith("/commit/main"):
+            reply = {
+                "commitUrl": f"http://{self.headers['Host']}/me/new/commit/1",
+                "commitOid": REVISION,
+            }
+        else:
+            reply = {}
+        UPLOADED.append((self.path, lines))
+        data = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def answer(self, *, with_body: bool) -> None:
         path = self.path.partition("?")[0]
@@ -155,6 +181,45 @@ def test_repositories_are_fetched_once_without_pickles(endpoint: str, tmp_path: 
     assert "pytorch_model.bin: no such file" in resolve("me/model", "local", "pytorch_model.bin")
     answer = resolve("me/none")
     assert answer.startswith("WeightsError: me/none: no such folder, and the hub shows no such rep")
+
+
+PUSH = """
+import sys
+from polyzoo.core.errors import PolyzooError
+from polyzoo.core.hub import push_to_hub
+try:
+    print(push_to_hub(sys.argv[1], "me/new", token="hf_x", private=True))
+except PolyzooError as error:
+    print("PolyzooError:", error)
+"""
+
+
+def test_a_folder_is_uploaded_without_pickles(endpoint: str, tmp_path: Path) -> None:
+    folder = save_pretrained(tmp_path / "m", Fuzzed(), {"w": torch.ones(2)}, card="# A\n")
+    (folder / "training.pt").write_bytes(b"a pickle")
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf")}
+    UPLOADED.clear()
+    done = run_python(PUSH, str(folder), env=environment)
+    assert done.stdout == f"{endpoint}/me/new/commit/1\n", done.stderr
+    paths = dict(UPLOADED)
+    (create,) = paths["/api/repos/create"]
+    assert create.get("private") or create.get("visibility") == "private"
+    (commit,) = (lines for path, lines in UPLOADED if path.endswith("/commit/main"))
+    sent = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"])
+        for line in commit
+        if line["key"] == "file"
+    }
+    assert sent.keys() == {"README.md", "config.json", "model.safetensors"}
+    assert all((folder / name).read_bytes() == data for name, data in sent.items())
+
+
+def test_a_failed_upload_is_one_line(tmp_path: Path) -> None:
+    folder = save_pretrained(tmp_path / "m", Fuzzed(), {"w": torch.ones(2)})
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = run_python(PUSH, str(folder), env=environment)
+    assert done.stdout.startswith("PolyzooError: me/new: could not be uploaded: "), done.stderr
+    assert done.stdout.count("\n") == 1
 
 
 def test_local_folders_need_no_network(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from support.cli import child_environment, run_python
 from support.workspace import PACKAGES, ROOT, project
 

@@ -83,7 +83,9 @@ def _entry_point_folder() -> str | None:
         (info / "METADATA").write_text(
             f"Metadata-Version: 2.4\nName: {about['name']}\nVersion: {about['version']}\n"
         )
-        points = about.get("entry-points", {}).get("polyzoo.commands", {})
-        lines = "\n".join(f"{name} = {target}" for name, target in points.items())
-        (info / "entry_points.txt").write_text(f"[polyzoo.commands]\n{lines}\n")
+        sections = [
+            "\n".join([f"[{group}]", *(f"{name} = {target}" for name, target in points.items())])
+            for group, points in about.get("entry-points", {}).items()
+        ]
+        (info / "entry_points.txt").write_text("\n".join(sections) + "\n")
     return str(folder)

@@ -14,7 +14,7 @@ from polyzoo.core.errors import PolyzooError
 
 
 class Fork:
-    """Runs a function in a child that ends as the `polyzoo` command would; stderr goes to a file."""
+    """Runs a function in a child that ends as the `polyzoo` command would."""
 
     def __init__(self, function: Callable[[], object], stderr: Path) -> None:
         self.stderr = stderr

@@ -66,12 +66,9 @@ def python_code_only(source: str) -> str:
     text = f"if 1:\n{source}" if source[:1].isspace() else source
     lines = text.splitlines(keepends=True)
     spans = []
-    for node in ast.walk(ast.parse(text)):
-        documented = isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
-        )
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            value = node.body[0]
+    # A last line may end in a backslash.
+    for node in ast.walk(ast.parse(text + "\n")):
+        if (value := _documentation(node)) is not None:
             last = value.end_lineno or value.lineno
             columns = [
                 len(lines[line - 1].encode()[:column].decode())
@@ -80,7 +77,7 @@ def python_code_only(source: str) -> str:
             spans.append(((value.lineno, columns[0]), (last, columns[1])))
     spans.extend(
         (token.start, token.end)
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        for token in tokenize.generate_tokens(io.StringIO(text + "\n").readline)
         if token.type == tokenize.COMMENT
     )
     starts = [0]
@@ -93,3 +90,16 @@ def python_code_only(source: str) -> str:
         position = starts[last[0] - 1] + last[1]
     kept.append(text[position:])
     return re.sub(r"\s+", "", "".join(kept))
+
+
+def _documentation(node: ast.AST) -> ast.Expr | None:
+    """The first statement, if it is a string; bytes and f-strings too, they are meant the same."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+        return None
+    first = node.body[0] if node.body else None
+    if not isinstance(first, ast.Expr):
+        return None
+    if isinstance(first.value, ast.JoinedStr):
+        return first
+    value = first.value.value if isinstance(first.value, ast.Constant) else None
+    return first if isinstance(value, str | bytes) else None

@@ -119,7 +119,7 @@ def everything_saved(run_dir: Path, step: int) -> tuple[dict[str, bytes], dict[s
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
-    """Weights, averages, moments, random states, data position, counters and log lines all agree."""
+    """Weights, averages, moments, random states, data position, counters, log lines agree."""
     tensors, state = everything_saved(one, step)
     other_tensors, other_state = everything_saved(other, step)
     assert other_state == state

@@ -171,7 +171,9 @@ def test_a_stateful_iterable_is_not_read_again() -> None:
 
 
 def test_iterable_limits_are_said() -> None:
-    with pytest.raises(ConfigError, match="data.workers=2: an iterable dataset is read by 0 or 1"):
+    with pytest.raises(
+        ConfigError, match=r"data\.workers=2: an iterable dataset is read by 0 or 1"
+    ):
         stream(Counting(4), workers=2)
     with pytest.raises(ConfigError, match="epochs: the dataset has no length"):
         stream(Counting(4)).steps_per_epoch(1)

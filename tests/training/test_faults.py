@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )
 
+logger = logging.getLogger(__name__)
+
 
 def store_of(config: TrainConfig) -> CheckpointStore:
     return CheckpointStore(Path(config.run_dir) / "checkpoints")
@@ -41,6 +45,14 @@ def steps_logged(run_dir: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
+def _has_saved_more(store: CheckpointStore, reached: int) -> bool:
+    return store.steps()[-1:] > [reached]
+
+
+def _has_logged_more(run_dir: Path, done: int) -> bool:
+    return steps_logged(run_dir) > min(done + 1, 10)
+
+
 def slow(pause: float):
     def step(model, batch, ctx):
         time.sleep(pause)
@@ -49,10 +61,10 @@ def slow(pause: float):
     return step
 
 
-def test_killed_while_saving_again_and_again_the_run_always_resumes(
-    tmp_path, request, record_property
-) -> None:
+def test_killed_while_saving_again_and_again_the_run_always_resumes(tmp_path, request) -> None:
     """A child saves after every step; it is killed at a random moment; the next child goes on."""
+    # What torch imports at a first step is imported here, once, and not in every child.
+    fit(tiny_config(tmp_path / "warm", steps=1))
     kills = request.config.getoption("--kills")
     config = tiny_config(tmp_path / "run", steps=100_000)
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every=1, keep_last=2))
@@ -61,7 +73,7 @@ def test_killed_while_saving_again_and_again_the_run_always_resumes(
     reached, inside = 0, 0
     for _ in range(kills):
         child = Fork(lambda: fit(config), tmp_path / "stderr")
-        child.until(lambda: bool(store.steps()) and store.steps()[-1] > reached)
+        child.until(partial(_has_saved_more, store, reached))
         time.sleep(chance.uniform(0, 0.05))
         child.send(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
@@ -70,7 +82,7 @@ def test_killed_while_saving_again_and_again_the_run_always_resumes(
         assert [step for step in store.steps() if find_fault(store.path(step))] == []
         assert store.steps()[-1] > reached
         reached = store.steps()[-1]
-    record_property("kills", f"{kills}, {inside} inside a save, {reached} steps")
+    logger.info("%d kills, %d of them inside a save, %d steps", kills, inside, reached)
     assert inside, "no kill fell into a save: the test has tested nothing"
     fit(dataclasses.replace(config, steps=reached + 2))
     assert [step for step, _ in logged(tmp_path / "run")] == list(range(1, reached + 3))
@@ -85,9 +97,9 @@ def test_a_killed_run_ends_where_a_quiet_run_ends(workers, tmp_path) -> None:
     fit(quiet)
     killed = dataclasses.replace(quiet, run_dir=tmp_path / "killed")
     for _ in range(4):
-        done = steps_logged(tmp_path / "killed")
+        more = partial(_has_logged_more, tmp_path / "killed", steps_logged(tmp_path / "killed"))
         child = Fork(lambda: fit(killed, step_fn=slow(0.02)), tmp_path / "stderr")
-        child.until(lambda: steps_logged(tmp_path / "killed") > min(done + 1, 10))
+        child.until(more)
         child.send(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
     assert Fork(lambda: fit(killed), tmp_path / "stderr").wait() == 0

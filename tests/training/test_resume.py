@@ -33,6 +33,7 @@ from support.runs import (
 )
 
 STEPS = 10
+SGD = OptimConfig(name="torch.optim:SGD", lr=0.01, options={"momentum": 0.9})
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_resuming_at_any_step_changes_nothing(whole_run, step, tmp_path) -> None
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"data": DataConfig(workers=2)},
-        {"optim": OptimConfig(name="torch.optim:SGD", lr=0.01, options={"momentum": 0.9})},
+        {"optim": SGD},
         {"optim": OptimConfig(name="torch.optim:Adafactor", lr=0.01)},
         {"lora": LoraConfig(rank=2, dropout=0.1, modules_to_save=("head",))},
     ],
@@ -133,6 +134,16 @@ def test_another_recipe_is_refused_unless_accepted(tmp_path) -> None:
     assert "optim.lr: 0.02 then, 0.5 now" in caught.value.why
     assert "seed: 0 then, 1 now" in caught.value.why
     assert fit(dataclasses.replace(other, accept_changes=True)).step == 3
+
+
+def test_accepted_changes_may_bring_another_optimizer_and_an_average(tmp_path, caplog) -> None:
+    config = tiny_config(tmp_path / "run", steps=2)
+    fit(config)
+    for steps, changes in ((4, {"optim": SGD, "ema": EmaConfig(decay=0.9)}), (6, {})):
+        changed = dataclasses.replace(config, steps=steps, accept_changes=True, **changes)
+        assert fit(changed).step == steps
+    assert "the optimizer was AdamW; its state starts anew" in caplog.text
+    assert "the optimizer was SGD; its state starts anew" in caplog.text
 
 
 def test_another_model_is_refused_by_name_and_shape(tmp_path) -> None:
@@ -204,7 +215,7 @@ def test_frozen_parameters_are_not_stored(tmp_path) -> None:
 def test_neither_length_nor_evaluation_may_be_missing(tmp_path) -> None:
     with pytest.raises(ConfigError, match="steps and epochs are both None"):
         fit(tiny_config(tmp_path, steps=None))
-    with pytest.raises(ConfigError, match="best_metric='error'.*need an eval_fn"):
+    with pytest.raises(ConfigError, match=r"best_metric='error'.*need an eval_fn"):
         fit(tiny_config(tmp_path, best_metric="error"))
 
 

@@ -14,7 +14,6 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
-from polyzoo.core import config as configs
 from polyzoo.core.errors import UsageError
 
 
@@ -66,6 +65,8 @@ def parse(
     values = _starting_values(cls, start)
     file = _config_file(rest)
     if file is not None and not helping:
+        from polyzoo.core import config as configs  # pydantic and yaml: a help page needs neither
+
         configs.overlay(cls, values, configs.read_mapping(file), where=str(file))
     _switch_on_parts(cls, values, rest, helping)
     wrapper = dataclasses.make_dataclass(

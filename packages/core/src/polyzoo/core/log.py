@@ -106,7 +106,7 @@ class _Lines(tqdm):  # not generic at run time
     def _write_line(self) -> None:
         self._next_line = time.monotonic() + 10.0
         self._shown = self.n
-        values = {**self.format_dict, "ncols": 80, "bar_format": _LINE}
+        values = {**self.format_dict, "ncols": None, "bar_format": _LINE}
         self.fp.write(f"{self.format_meter(**values)}\n")
         self.fp.flush()
 

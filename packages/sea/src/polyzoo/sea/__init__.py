@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from polyzoo.sea.config import SplitConfig as SplitConfig
     from polyzoo.sea.model import SeaModel as SeaModel
     from polyzoo.sea.pipeline import SeaPipeline as SeaPipeline
+    from polyzoo.sea.splitting import split as split
+    from polyzoo.sea.units import extract_units as extract_units
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -19,5 +21,7 @@ __getattr__, __dir__, __all__ = attach(
         "SeaModel": ".model",
         "SeaPipeline": ".pipeline",
         "SplitConfig": ".config",
+        "extract_units": ".units",
+        "split": ".splitting",
     },
 )

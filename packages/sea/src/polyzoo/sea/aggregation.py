@@ -63,9 +63,7 @@ class Aggregation(nn.Module):
         if kind.startswith("attn1"):
             self.score = nn.Sequential(nn.Linear(dim, 1))
         elif kind.startswith("attn2"):
-            self.score = nn.Sequential(
-                nn.Linear(dim, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, 1)
-            )
+            self.score = nn.Sequential(nn.Linear(dim, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, 1))
         if kind.endswith("_sum"):
             # The published scalar: stored, never trained.
             self.register_buffer("raw_weight", torch.ones(1, 1))
@@ -75,7 +73,7 @@ class Aggregation(nn.Module):
         """Start from equal weights: the first step then is mean pooling, known to work."""
         if self.score is not None:
             last = self.score[-1]
-            assert isinstance(last, nn.Linear)
+            assert isinstance(last, nn.Linear)  # noqa: S101 - our own promise
             last.weight.zero_()
             last.bias.zero_()
 
@@ -108,19 +106,24 @@ class Aggregation(nn.Module):
             }[self.raw]()
         if self.multiply:
             x = x * raw[owner]
-        assert self.score is not None
-        # Scores and weights in float32: half precision loses small differences between blocks.
-        scores = self.score(x)[:, 0].float()
+        assert self.score is not None  # noqa: S101 - our own promise
+        # Weights in float32: half precision loses small differences between blocks.
+        scores = self.score(x.to(self._dtype))[:, 0].float()
         share = segment_softmax(scores, owner, count)
         attended = segment_sum(share[:, None].to(x.dtype) * x, owner, count)
         if self.kind.endswith("_mean"):
             return Aggregated((attended + raw) / 2, self._half(share, equal, first))
         if self.kind.endswith("_sum"):
-            assert isinstance(self.raw_weight, Tensor)
+            assert isinstance(self.raw_weight, Tensor)  # noqa: S101 - our own promise
             factor = self.raw_weight.reshape(())
             vectors = attended / 2 + lengths[:, None] * factor * raw / 2
             return Aggregated(vectors, share + factor * equal)
         return Aggregated(attended, share)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        # The encoder's dtype may differ from ours: adapters keep frozen weights in half precision.
+        return next(self.parameters()).dtype
 
     def _half(self, share: Tensor, equal: Tensor, first: Tensor) -> Tensor:
         if self.raw == "whole":

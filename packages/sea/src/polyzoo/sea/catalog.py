@@ -1,4 +1,4 @@
-"""What an index knows besides vectors: files, units and their words, in one SQLite file. Torch-free."""
+"""What an index knows besides vectors: files, units and their words, in SQLite. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from polyzoo.core.errors import DataError, PolyzooError
+from polyzoo.core.io import atomic_path
 from polyzoo.sea import lexical
 from polyzoo.sea.stores.base import Filter
 
@@ -36,7 +37,8 @@ CREATE TABLE units (
     id INTEGER PRIMARY KEY, live INTEGER NOT NULL, file INTEGER NOT NULL, language TEXT NOT NULL,
     kind TEXT NOT NULL, symbol TEXT NOT NULL, first_line INTEGER NOT NULL,
     last_line INTEGER NOT NULL, signature TEXT NOT NULL, docstring TEXT, text TEXT NOT NULL,
-    gaps TEXT NOT NULL, hash TEXT NOT NULL, embedded INTEGER NOT NULL DEFAULT 0, blocks TEXT
+    gaps TEXT NOT NULL, hash TEXT NOT NULL, embedded INTEGER NOT NULL DEFAULT 0, blocks TEXT,
+    sketch BLOB
 );
 CREATE INDEX units_by_file ON units (file);
 CREATE INDEX units_by_hash ON units (hash);
@@ -60,14 +62,14 @@ CREATE VIRTUAL TABLE lexicon USING fts5 (
 """`live` units are what readers see. Units of changed files wait with live = 0, together with
 staged_files and moved_units (unchanged functions whose lines or names moved), until one transaction
 makes them live. dead_units are numbers whose vectors are still to be removed from the store.
-`embedded` is 0 while a vector is missing, 1 when the store has it, 2 when the model has none to give."""
+`embedded` is 0 while a vector is missing, 1 when the store has it, 2 when the model has none."""
 
 CLOCK_STEP_NS = 2_000_000_000
 """The coarsest clock of a file system in use."""
 
 MATCHES_SCORED = 8_000
-"""About how many units a search by words scores: all that hold one of its rarest words. Scoring costs
-microseconds a unit, so a word that occurs everywhere must not decide which units are looked at."""
+"""About how many units a search by words scores: all that hold one of its rarest words. Scoring
+costs microseconds a unit, so a word that occurs everywhere must not decide which units are looked at."""
 
 FIELD_WEIGHTS = (4.0, 1.5, 2.0, 1.0)
 """BM25 weights of symbol, path, docstring and body."""
@@ -118,6 +120,8 @@ class UnitRow:
     embedded: bool
     blocks: tuple[tuple[int, int], ...]
     """First and last line of each block, as lines of `text`; empty before it is embedded."""
+    sketch: bytes | None
+    """The blocks' vectors in 8 bits, see `sketch`; None where there is only one block."""
 
     def file_line(self, line: int) -> int:
         """Return the line of the file, counted from 1, that a line of `text` stands on."""
@@ -137,17 +141,20 @@ class Catalog:
         self._cache_version = -1
         with self.explained():
             self._db = _connect(path, write=write, create=create)
-            if create:
+            if create:  # without a log beside it, as the file is about to be renamed
                 self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
             self._db.execute("SELECT value FROM meta LIMIT 1")
 
     @classmethod
-    def create(cls, path: Path) -> Catalog:
-        """Make an empty catalog."""
-        path.unlink(missing_ok=True)
-        for suffix in ("-wal", "-shm"):
+    def create(cls, path: Path, **meta: Any) -> Catalog:
+        """Make a catalog that holds nothing but these values; it appears whole or not at all."""
+        for suffix in ("-wal", "-shm", ""):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
-        return cls(path, write=True, create=True)
+        with atomic_path(path) as temporary:
+            catalog = cls(temporary, create=True)
+            catalog.set_meta(**meta)
+            catalog.close()
+        return cls(path, write=True)
 
     def close(self) -> None:
         """Close the file."""
@@ -176,6 +183,16 @@ class Catalog:
                     self._db.execute("ROLLBACK")
                 raise
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read one state inside, whatever is committed meanwhile."""
+        with self.explained():
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("ROLLBACK")
+
     def get_meta(self, key: str, default: Any = None) -> Any:
         """Return a stored value."""
         found = self.rows("SELECT value FROM meta WHERE key = ?", (key,))
@@ -197,7 +214,8 @@ class Catalog:
         """Return those of the numbers that are live, by number."""
         found = self.rows(
             """SELECT u.id, u.file, f.path, u.language, u.kind, u.symbol, u.first_line, u.last_line,
-                      u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks
+                      u.signature, u.docstring, u.text, u.gaps, u.hash, u.embedded, u.blocks,
+                      u.sketch
                FROM units u JOIN files f ON f.id = u.file
                WHERE u.live = 1 AND u.id IN (SELECT value FROM json_each(?))""",
             (json.dumps([int(number) for number in ids]),),
@@ -340,8 +358,24 @@ def _conditions(where: Filter | None) -> tuple[str, list[Any]]:
 
 
 def _unit(row: tuple[Any, ...]) -> UnitRow:
-    *plain, gaps, content, embedded, blocks = row
-    return UnitRow(*plain, _pairs(gaps), content, embedded == 1, _pairs(blocks or "[]"))
+    return UnitRow(
+        id=row[0],
+        file=row[1],
+        path=row[2],
+        language=row[3],
+        kind=row[4],
+        symbol=row[5],
+        first_line=row[6],
+        last_line=row[7],
+        signature=row[8],
+        docstring=row[9],
+        text=row[10],
+        gaps=_pairs(row[11]),
+        hash=row[12],
+        embedded=row[13] == 1,
+        blocks=_pairs(row[14] or "[]"),
+        sketch=row[15],
+    )
 
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:

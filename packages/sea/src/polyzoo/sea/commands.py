@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -44,7 +44,9 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     model = config.model or PRESETS[config.like]().model
     preparation = Preparation(
         tokenizer_folder=str(encoder_folder(model.encoder)),
-        split=model.split,
+        split=replace(
+            model.split, keep_docstrings=model.split.keep_docstrings or config.keep_docstrings
+        ),
         max_query_tokens=model.max_query_tokens,
         split_identifiers=model.split_identifiers,
     )
@@ -55,6 +57,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         language=config.language,
         workers=config.workers,
         limit=config.limit,
+        several_queries=config.several_queries,
     )
     prepared.save(config.out)
     counts = np.diff(prepared.first_block)
@@ -109,9 +112,7 @@ def embed(config: EmbedConfig) -> EmbedReport | None:
     return EmbedReport(str(config.out), count, pipeline.dim, pipeline.model_id)
 
 
-def _vectors(
-    pipeline: SeaPipeline, config: EmbedConfig, records: list[Record]
-) -> np.ndarray:
+def _vectors(pipeline: SeaPipeline, config: EmbedConfig, records: list[Record]) -> np.ndarray:
     if config.kind == "query":
         return pipeline.embed_queries([record.query or "" for record in records])
     return pipeline.embed_code(
@@ -123,7 +124,7 @@ def _items(config: EmbedConfig) -> Iterator[tuple[str, Record]]:
     """Name and record of everything to embed."""
     records = config.data is not None and ".jsonl" in config.data.suffixes
     if records:
-        assert config.data is not None
+        assert config.data is not None  # noqa: S101 - our own promise
         need = config.kind == "query"
         for record in read_records(config.data, need_query=need, language=config.language):
             yield record.url, record

@@ -11,7 +11,16 @@ Language = Literal["python", "java", "javascript", "go", "php", "ruby"]
 Splitter = Literal["ast", "line", "token", "space"]
 Pooling = Literal["cls", "mean", "pooler"]
 Aggregator = Literal[
-    "attn1", "attn2", "mean", "max", "attn1_mean", "attn2_mean", "attn1_sum", "attn2_sum", "first", "maxsim"
+    "attn1",
+    "attn2",
+    "mean",
+    "max",
+    "attn1_mean",
+    "attn2_mean",
+    "attn1_sum",
+    "attn2_sum",
+    "first",
+    "maxsim",
 ]
 Raw = Literal["mean", "max", "whole"]
 
@@ -23,7 +32,7 @@ class SplitConfig:
     kind: Splitter = "ast"
     """ast: at statement borders; line, token, space: windows of that many items."""
     profile: Literal["fair", "released"] = "fair"
-    """fair loses nothing and counts encoder tokens; released repeats the published code's faults."""
+    """fair loses nothing and counts encoder tokens; released repeats the published faults."""
     budget: int = 254
     """Encoder pieces a block may hold, without the special tokens."""
     window: int = 32
@@ -53,12 +62,12 @@ class SplitConfig:
             _at_least(name, getattr(self, name), 0)
         if self.step > self.window:
             raise ConfigError(
-                f"step={self.step} is larger than window={self.window}: the text between two windows would be lost; "
-                "choose step from 1 to window"
+                f"step={self.step} is larger than window={self.window}: the text between two "
+                "windows would be lost; choose step from 1 to window"
             )
         if self.overlap >= self.budget:
             raise ConfigError(
-                f"overlap={self.overlap} fills the whole budget={self.budget}: choose an overlap below it"
+                f"overlap={self.overlap} fills the whole budget={self.budget}: choose less"
             )
 
 
@@ -77,7 +86,7 @@ class SeaConfig:
     """Shape of a SEA model, saved beside its weights as config.json."""
 
     encoder: str = "minilm"
-    """Folder, hub id, or asset name of the Hugging Face encoder; `self`: the folder beside this file."""
+    """Folder, hub id, or asset name of the encoder; `self`: the folder beside this file."""
     pooling: Pooling = "mean"
     """How token states become one vector."""
     normalize: bool = True
@@ -86,7 +95,7 @@ class SeaConfig:
     aggregator: Aggregator = "attn1_mean"
     """How block vectors become one vector per function (sea.md section 5)."""
     raw: Raw = "mean"
-    """What *_mean and *_sum add to the attention: mean or maximum of the entries, or the truncated whole."""
+    """What *_mean and *_sum add to the attention: mean or maximum of entries, or the whole."""
     include_whole: bool = True
     """Add the vector of the truncated whole function to the blocks."""
     split_identifiers: bool = False

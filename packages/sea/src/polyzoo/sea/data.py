@@ -64,6 +64,16 @@ class PairBatch:
             duplicates=self.duplicates.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> PairBatch:
+        """The same in page-locked memory, for copies that do not wait."""
+        return replace(
+            self,
+            packed=self.packed.pin_memory(),
+            place=self.place.pin_memory(),
+            starts=self.starts.pin_memory(),
+            duplicates=self.duplicates.pin_memory(),
+        )
+
 
 class PairDataset(Dataset[Pair]):
     """Pairs of a prepared file, with extra functions mixed in where wanted.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import warnings
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
@@ -62,9 +64,25 @@ def docstring_spans(tree: ParsedSource) -> list[tuple[int, int]]:
 
 
 def plain_string(source: str) -> str:
-    """The text of a Python string literal without its quotes, indentation removed."""
-    match = _STRING.match(source.strip())
-    return inspect.cleandoc(match.group(2) if match else source).strip()
+    """The text of a Python string without quotes and escapes, indentation removed."""
+    source = source.strip()
+    match = _STRING.match(source)
+    text = match.group(2) if match else source
+    if match is None or "\\" in text or match.group(1) in text:
+        text = _evaluated(source) or text
+    return inspect.cleandoc(text).strip()
+
+
+def _evaluated(source: str) -> str | None:
+    """A string that has escapes or several parts, or None (an f-string, a broken one)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=SyntaxWarning)
+            warnings.simplefilter("ignore", category=DeprecationWarning)  # the same before 3.12
+            value = ast.literal_eval(source)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def plain_comment(source: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,20 +10,21 @@ import numpy as np
 
 from polyzoo.core.errors import DataError
 from polyzoo.core.log import get_logger, progress
+from polyzoo.sea import sketch
 from polyzoo.sea.embedder import Embedder
 from polyzoo.sea.index import IndexSettings, check_model
-from polyzoo.sea.staging import Staging, WaitingUnit
-from polyzoo.sea.stores import Ids, Points, VectorStore, Vectors
+from polyzoo.sea.staging import BlockInfo, Staging, WaitingUnit
+from polyzoo.sea.stores import Ids, Points, Vectors, VectorStore
 
 logger = get_logger(__name__)
 
 _UNITS_PER_BATCH = 128
 _BLOCK_BITS = 12
-"""A block's number is its unit's shifted by this, plus its place: 4,096 blocks a unit are enough."""
+"""A block's number is its unit's, shifted by this, plus its place: room for 4,096 blocks."""
 
 
 class PendingEmbedder:
-    """A model that loads while files are being read; loading takes longer than looking for changes."""
+    """A model that loads while files are read: loading takes longer than looking for changes."""
 
     def __init__(self, load: Callable[[], Embedder]) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -81,7 +81,7 @@ def embed_waiting(
             twins = staging.twins({unit.hash for unit in batch})
             old = [unit for unit in batch if unit.hash in twins]
             new = [unit for unit in batch if unit.hash not in twins]
-            blocks: dict[int, str | None] = {}
+            blocks: dict[int, BlockInfo | None] = {}
             if old:
                 blocks |= _copy(old, twins, stores)
                 copied += len(old)
@@ -96,8 +96,10 @@ def embed_waiting(
 
 
 def _copy(
-    units: Sequence[WaitingUnit], twins: dict[str, tuple[int, str]], stores: Sequence[VectorStore]
-) -> dict[int, str]:
+    units: Sequence[WaitingUnit],
+    twins: dict[str, tuple[int, BlockInfo]],
+    stores: Sequence[VectorStore],
+) -> dict[int, BlockInfo]:
     sources = np.array([twins[unit.hash][0] for unit in units], np.int64)
     found, vectors = stores[0].get(sources)
     if len(found) != len(sources):
@@ -108,8 +110,8 @@ def _copy(
     stores[0].upsert(_points(units, np.array([unit.id for unit in units], np.int64), vectors))
     for store in stores[1:]:
         for unit in units:
-            source, spans = twins[unit.hash]
-            count = len(json.loads(spans))
+            source, info = twins[unit.hash]
+            count = len(info.lines)
             _, block_vectors = store.get(numbers_of_blocks(source, count))
             numbers = numbers_of_blocks(unit.id, count)
             store.upsert(_points([unit] * count, numbers, block_vectors))
@@ -118,14 +120,14 @@ def _copy(
 
 def _encode(
     units: Sequence[WaitingUnit], stores: Sequence[VectorStore], model: Embedder
-) -> dict[int, str | None]:
+) -> dict[int, BlockInfo | None]:
     """Encode units; one the model has no vector for does not keep the others from theirs."""
     try:
         return _encode_all(units, stores, model)
     except DataError as error:
         if len(units) == 1:
             raise _named(units[0], error) from error
-    blocks: dict[int, str | None] = {}
+    blocks: dict[int, BlockInfo | None] = {}
     reasons: list[DataError] = []
     for unit in units:
         try:
@@ -142,7 +144,7 @@ def _encode(
 
 def _encode_all(
     units: Sequence[WaitingUnit], stores: Sequence[VectorStore], model: Embedder
-) -> dict[int, str | None]:
+) -> dict[int, BlockInfo | None]:
     result = model.embed_code(
         [unit.text for unit in units], language=[unit.language for unit in units]
     )
@@ -157,10 +159,12 @@ def _encode_all(
             rows.append(np.asarray(block_vectors, np.float32))
         store.upsert(_points(owners, np.concatenate(numbers), np.concatenate(rows)))
     stores[0].upsert(_points(units, np.array([unit.id for unit in units], np.int64), vectors))
-    return {
-        unit.id: json.dumps([[block.first_line, block.last_line] for block in split.blocks])
-        for unit, split in zip(units, result.splits, strict=True)
-    }
+    blocks: dict[int, BlockInfo | None] = {}
+    for unit, split, rows in zip(units, result.splits, result.block_vectors, strict=True):
+        lines = [[block.first_line, block.last_line] for block in split.blocks]
+        several = len(lines) > 1 and len(rows) == len(lines)
+        blocks[unit.id] = BlockInfo(lines, sketch.pack(rows) if several else None)
+    return blocks
 
 
 def _named(unit: WaitingUnit, error: DataError) -> DataError:

@@ -29,7 +29,15 @@ _log = get_logger(__name__)
 
 # Families whose positions start behind the padding id (fairseq's habit).
 _OFFSET_FAMILIES = frozenset(
-    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "longformer", "mpnet"}
+    {
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "camembert",
+        "data2vec-text",
+        "longformer",
+        "mpnet",
+    }
 )
 
 
@@ -115,7 +123,7 @@ class PackedEncoder(nn.Module):
         if budget + special > self.max_length:
             raise ConfigError(
                 f"budget={budget} plus {special} special tokens exceeds the encoder's "
-                f"{self.max_length} positions: set the budget to {self.max_length - special} or less"
+                f"{self.max_length} positions: set it to {self.max_length - special} or less"
             )
         if pad_id != self.pad_id:
             raise ConfigError(

@@ -15,9 +15,9 @@ from polyzoo.sea.baselines import TfIdf
 from polyzoo.sea.caches import prepared_folder
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.metrics import Figures
-from polyzoo.sea.pipeline import SeaPipeline, bare_config
 from polyzoo.sea.model_sources import BARE
 from polyzoo.sea.options import EvalConfig
+from polyzoo.sea.pipeline import SeaPipeline, bare_config
 from polyzoo.sea.prepare import Preparation, prepare_file
 from polyzoo.sea.prepared import Prepared
 from polyzoo.sea.records import Record, read_records
@@ -68,7 +68,7 @@ def main(config: EvalConfig) -> EvalReport:
     cache = prepared_folder() if config.cache else None
     queries = prepare_file(
         config.data, preparation, language=config.language, cache_folder=cache,
-        workers=config.workers, limit=config.limit,
+        workers=config.workers, limit=config.limit, several_queries=config.codebase is not None,
     )  # fmt: skip
     codebase = queries
     if config.codebase is not None:
@@ -194,10 +194,15 @@ def _with_docstrings(shape: SeaConfig, keep: bool) -> SeaConfig:
 
 
 def _tfidf(config: EvalConfig, queries: Prepared, codebase: Prepared) -> tuple[TfIdf, list[str]]:
-    asked: list[Record] = read_records(config.data, language=config.language, limit=config.limit)
+    asked: list[Record] = read_records(
+        config.data,
+        language=config.language,
+        limit=config.limit,
+        several_queries=config.codebase is not None,
+    )
     pool = asked
     if config.codebase is not None:
         pool = read_records(config.codebase, need_query=False, language=config.language)
-    assert [record.url for record in pool] == codebase.urls
-    assert [record.url for record in asked] == queries.urls
+    assert [record.url for record in pool] == codebase.urls  # noqa: S101 - our own promise
+    assert [record.url for record in asked] == queries.urls  # noqa: S101 - our own promise
     return TfIdf([record.code for record in pool]), [record.query or "" for record in asked]

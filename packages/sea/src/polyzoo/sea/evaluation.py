@@ -16,9 +16,9 @@ import torch
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_write
-from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.metrics import Figures, answer_ranks, by_length
 from polyzoo.sea.model import CodeVectors, SeaModel
+from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.prepared import Prepared
 
 _QUERIES_AT_ONCE = 512
@@ -43,6 +43,11 @@ class Ranking:
 def find_answers(queries: Prepared, codebase: Prepared) -> np.ndarray:
     """(q,) column of each query's function in the codebase."""
     column = {url: index for index, url in enumerate(codebase.urls)}
+    if len(column) != len(codebase):
+        raise DataError(
+            f"{len(codebase) - len(column)} urls occur twice in the codebase; "
+            "each function needs its own"
+        )
     missing = [url for url in queries.urls if url not in column]
     if missing:
         raise DataError(
@@ -145,6 +150,7 @@ def truncated_scores(embedded: Embedded) -> ScoreRows:
     )
 
 
+@torch.no_grad()
 def released_scores(model: SeaModel, embedded: Embedded, answers: np.ndarray) -> ScoreRows:
     """Scores of the published procedure, which favours the answers.
 
@@ -158,9 +164,7 @@ def released_scores(model: SeaModel, embedded: Embedded, answers: np.ndarray) ->
         embedded.codes.entries[torch.from_numpy(rows).to(device)],
         torch.from_numpy(starts).to(device),
     )
-    return lambda first, last: (
-        (embedded.queries[first:last] @ out.vectors.T).float().cpu().numpy()
-    )
+    return lambda first, last: (embedded.queries[first:last] @ out.vectors.T).float().cpu().numpy()
 
 
 def released_rows(

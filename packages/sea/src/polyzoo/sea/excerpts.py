@@ -6,54 +6,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from polyzoo.sea import sketch
 from polyzoo.sea.catalog import UnitRow
-from polyzoo.sea.embedder import Embedder
-from polyzoo.sea.embedding import numbers_of_blocks
-from polyzoo.sea.index import CodeIndex
 from polyzoo.sea.lexical import STOP_WORDS, words
 from polyzoo.sea.results import BestBlock, CodeLine
 from polyzoo.sea.stores import Vectors
 
 
-class Excerpts:
-    """Finds best blocks by vectors where there is a query vector, else by the query's words."""
+def excerpt(unit: UnitRow, query: str, vector: Vectors | None, context: int) -> BestBlock:
+    """Return the best block of a unit, with at most `context` of its lines.
 
-    def __init__(self, index: CodeIndex, embedder: Embedder | None) -> None:
-        self.index, self.embedder = index, embedder
-
-    def of(
-        self, units: Sequence[UnitRow], query: str, vector: Vectors | None, context: int
-    ) -> list[BestBlock | None]:
-        """Return one excerpt per unit, of at most `context` lines."""
-        scores = self._scores(units, vector) if vector is not None else [None] * len(units)
-        return [
-            _excerpt(unit, query, own, context) for unit, own in zip(units, scores, strict=True)
-        ]
-
-    def _scores(self, units: Sequence[UnitRow], query: Vectors) -> list[Vectors | None]:
-        """Inner products of each unit's blocks, None where there is only one block to choose."""
-        scores: list[Vectors | None] = [None] * len(units)
-        several = [place for place, unit in enumerate(units) if len(unit.blocks) > 1]
-        if self.index.settings.keep_blocks:
-            store = self.index.store(blocks=True)
-            for place in several:
-                numbers = numbers_of_blocks(units[place].id, len(units[place].blocks))
-                found, vectors = store.get(numbers)
-                if len(found) == len(numbers):
-                    scores[place] = vectors @ query
-        elif several and self.embedder is not None:
-            # Few enough to encode again: only the hits shown, and of those the long ones.
-            result = self.embedder.embed_code(
-                [units[place].text for place in several],
-                language=[units[place].language for place in several],
-            )
-            for place, vectors in zip(several, result.block_vectors, strict=True):
-                if len(vectors) == len(units[place].blocks):
-                    scores[place] = np.asarray(vectors, np.float32) @ query
-        return scores
-
-
-def _excerpt(unit: UnitRow, query: str, scores: Vectors | None, context: int) -> BestBlock | None:
+    Args:
+        unit: A hit.
+        query: Its words decide where there are no vectors to compare.
+        vector: The query's vector, if it has one.
+        context: Lines to show.
+    """
+    scores = None
+    if vector is not None and unit.sketch and unit.blocks:
+        scores = sketch.products(unit.sketch, vector)
     text = unit.text.split("\n")
     blocks = unit.blocks or ((0, len(text) - 1),)
     best = int(np.argmax(scores)) if scores is not None else _by_words(text, blocks, query)
@@ -62,7 +33,8 @@ def _excerpt(unit: UnitRow, query: str, scores: Vectors | None, context: int) ->
     # The head says what the lines belong to, unless the block begins with it.
     start = _first_code_line(text)
     places = [start] if first > start and context > 1 else []
-    for place in range(first, last + 1):
+    # Lines after the block (a docstring, which is in no block) fill what room is left.
+    for place in range(first, len(text)):
         if len(places) == context:
             break
         if text[place].strip():
@@ -81,8 +53,10 @@ def _excerpt(unit: UnitRow, query: str, scores: Vectors | None, context: int) ->
 
 
 def _dedented(lines: Sequence[str]) -> list[str]:
-    """Lines as shown: without the indentation they share. A unit begins at its first character, so
-    its first line has lost its own."""
+    """Lines as shown: without the indentation they share.
+
+    A unit begins at its first character, so its first line has lost its own.
+    """
     plain = [line.rstrip().expandtabs(4)[:400] for line in lines]
     indents = [len(line) - len(line.lstrip()) for line in plain[1:]]
     shared = min(indents, default=0)

@@ -112,9 +112,7 @@ def save_folder(
         scale: Of the adapter.
     """
     folder, source = Path(folder), Path(tokenizer_folder)
-    tokenizer = SeaTokenizer.from_folder(
-        source, split_identifiers=model.config.split_identifiers
-    )
+    tokenizer = SeaTokenizer.from_folder(source, split_identifiers=model.config.split_identifiers)
     config = replace(model.config, tokenizer_sha256=tokenizer.sha256)
     if adapter is not None:
         rank = next(iter(adapter.values())).down.shape[0] if adapter else 0
@@ -209,7 +207,9 @@ def _merge(
             weight = model.get_submodule(module).weight
             change = tensors[module + _UP] @ tensors[name]
         except (AttributeError, KeyError, RuntimeError) as error:
-            raise WeightsError(f"{source}: the change of {module!r} does not fit: {error}") from error
+            raise WeightsError(
+                f"{source}: the change of {module!r} does not fit: {error}"
+            ) from error
         if not isinstance(weight, Tensor) or weight.shape != change.shape:
             raise WeightsError(
                 f"{source}: the change of {module!r} is {tuple(change.shape)}, "

@@ -222,6 +222,6 @@ def _between(
     if gelu == "exact":
         wide = F.gelu(F.linear(x, weight, bias))
     else:
-        wide = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        wide = torch.ops.aten._addmm_activation(bias, x, weight.t(), use_gelu=True)
     x = layer.norm_output(x + F.linear(wide, *layer.down))
     return x, x if following is None else F.linear(x, *following)

@@ -1,4 +1,4 @@
-"""The HTTP face of a search service: loopback only unless told, small limits, no cross-site requests."""
+"""The HTTP face of a search service: loopback unless told, small limits, no cross-site requests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import ipaddress
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -31,8 +32,8 @@ _TEXTS = {"q": "query", "query": "query", "mode": "mode"}
 class SearchServer(ThreadingHTTPServer):
     """Serves /search, /status and /health.
 
-    Raises ConfigError for an address other machines can reach, unless that is allowed, and for a port
-    in use.
+    Raises ConfigError for an address other machines can reach, unless that is allowed, and for a
+    port in use.
     """
 
     daemon_threads = False  # on shutdown, answers that are being written are written to the end
@@ -76,7 +77,7 @@ class SearchServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - its shape
         """Log instead of printing; a client that went away is no news."""
-        logger.debug("a connection failed", exc_info=True)
+        logger.debug("a connection failed: %r", sys.exception())
 
     def knows_host(self, header: str) -> bool:
         """Whether a Host or Origin names this server.
@@ -93,7 +94,7 @@ class SearchServer(ThreadingHTTPServer):
             return False
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
         self.status = status
@@ -118,7 +119,7 @@ class _Deadline(io.RawIOBase):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: SearchServer
+    server: SearchServer  # pyright: ignore[reportIncompatibleVariableOverride] - it only serves this
     server_version, sys_version = "polyzoo", ""
 
     def setup(self) -> None:
@@ -132,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._respond("POST")
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+    def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
@@ -145,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._check_origin()
             answer = self._route(method)
             status = HTTPStatus.OK
-        except _Refused as error:
+        except _RefusedError as error:
             service.tally.refused += 1
             status, answer = error.status, _error("RequestError", str(error))
         except BusyError as error:
@@ -165,18 +166,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_origin(self) -> None:
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.knows_host(hosts[0]):
-            raise _Refused(
+            raise _RefusedError(
                 HTTPStatus.FORBIDDEN,
                 f"host={', '.join(hosts)!r} is not this server's name; use {self.server.url}, or "
                 "start it with --allow-host NAME",
             )
         origin = self.headers.get("Origin")
         if origin is not None and not self.server.knows_host(urlsplit(origin).netloc):
-            raise _Refused(
+            raise _RefusedError(
                 HTTPStatus.FORBIDDEN, f"origin={origin!r}: pages of other sites may not ask"
             )
         if self.headers.get("Sec-Fetch-Site") == "cross-site":
-            raise _Refused(HTTPStatus.FORBIDDEN, "pages of other sites may not ask")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "pages of other sites may not ask")
 
     def _route(self, method: str) -> dict[str, Any]:
         url = urlsplit(self.path)
@@ -186,28 +187,32 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if url.path in ("/status", "/health"):
             if method != "GET":
-                raise _Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{url.path} answers GET only")
+                raise _RefusedError(HTTPStatus.METHOD_NOT_ALLOWED, f"{url.path} answers GET only")
             return getattr(self.server.service, url.path[1:])()
-        raise _Refused(HTTPStatus.NOT_FOUND, "there are /search, /status and /health")
+        raise _RefusedError(HTTPStatus.NOT_FOUND, "there are /search, /status and /health")
 
     def _body(self) -> Mapping[str, Any]:
         limit = self.server.config.max_body_bytes
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json")
+            raise _RefusedError(
+                HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json"
+            )
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "send the body's Content-Length")
+            raise _RefusedError(HTTPStatus.LENGTH_REQUIRED, "send the body's Content-Length")
         if len(length) > 12 or int(length) > limit:
-            raise _Refused(
+            raise _RefusedError(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is above {limit:,} bytes"
             )
         data = self.rfile.read(int(length))
         try:
             body = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"the body is not JSON ({error})") from None
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"the body is not JSON ({error})") from None
         if not isinstance(body, dict):
-            raise _Refused(HTTPStatus.BAD_REQUEST, 'the body must be an object: {"query": "..."}')
+            raise _RefusedError(
+                HTTPStatus.BAD_REQUEST, 'the body must be an object: {"query": "..."}'
+            )
         return body
 
     def _send(self, status: HTTPStatus, answer: dict[str, Any]) -> None:
@@ -234,7 +239,7 @@ def _from_query(text: str) -> dict[str, Any]:
             text, keep_blank_values=True, strict_parsing=bool(text), max_num_fields=200
         )
     except ValueError as error:
-        raise _Refused(
+        raise _RefusedError(
             HTTPStatus.BAD_REQUEST, f"the query string cannot be read ({error})"
         ) from None
     found: dict[str, Any] = {}
@@ -243,25 +248,27 @@ def _from_query(text: str) -> dict[str, Any]:
             found[_LISTS[name]] = values
             continue
         if len(values) > 1:
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"{name} is given {len(values)} times")
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, f"{name} is given {len(values)} times")
         if name in _TEXTS:
             found[_TEXTS[name]] = values[0]
         elif name in _NUMBERS:
             try:
                 found[name] = _NUMBERS[name](values[0])
             except ValueError:
-                raise _Refused(
+                raise _RefusedError(
                     HTTPStatus.BAD_REQUEST, f"{name}={values[0]!r} is not a number"
                 ) from None
         elif name in _SWITCHES:
             if values[0] not in ("true", "false"):
-                raise _Refused(
+                raise _RefusedError(
                     HTTPStatus.BAD_REQUEST, f"{name}={values[0]!r} must be true or false"
                 )
             found[name] = values[0] == "true"
         else:
             known = sorted([*_TEXTS, *_NUMBERS, *_SWITCHES, *_LISTS])
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"{name!r} is not one of {', '.join(known)}")
+            raise _RefusedError(
+                HTTPStatus.BAD_REQUEST, f"{name!r} is not one of {', '.join(known)}"
+            )
     return found
 
 

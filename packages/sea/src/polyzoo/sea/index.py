@@ -137,7 +137,9 @@ class CodeIndex:
         """Return the vectors of units, or of blocks, opened on first use."""
         if blocks not in self._stores:
             place = self.settings.place(self.folder, self.generation, blocks=blocks)
-            self._stores[blocks] = open_store(place)
+            # Units first, as the connection that blocks share is theirs.
+            beside = self.store() if blocks else None
+            self._stores[blocks] = open_store(place, beside=beside)
         return self._stores[blocks]
 
     def check_model(self, embedder: Embedder) -> None:
@@ -184,7 +186,7 @@ class CodeIndex:
     def close(self) -> None:
         """Release files and connections."""
         self.catalog.close()
-        for store in self._stores.values():
+        for store in reversed(self._stores.values()):
             store.close()
         self._stores = {}
 
@@ -192,8 +194,8 @@ class CodeIndex:
 def default_folder(repo: Path) -> Path:
     """Return where the index of a repository goes unless the caller says otherwise.
 
-    A cache folder keyed by the repository's path, so that nothing is written into the repository and
-    read-only ones can be indexed: $POLYZOO_HOME, or ~/.cache/polyzoo, then sea/index/NAME-HASH.
+    A cache folder keyed by the repository's path, so that nothing is written into the repository
+    and read-only ones can be indexed: $POLYZOO_HOME, or ~/.cache/polyzoo, then sea/index/NAME-HASH.
     """
     repo = repo.resolve()
     return cache_home() / "sea" / "index" / _slug(repo)
@@ -245,8 +247,8 @@ def current_generation(folder: Path) -> int | None:
         ) from None
     if written != FORMAT:
         raise DataError(
-            f"{path} is of format {written}, this version reads {FORMAT}; remove the folder and build "
-            "the index again"
+            f"{path} is of format {written}, this version reads {FORMAT}; remove the folder and "
+            "build the index again"
         )
     return number
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -16,7 +16,7 @@ from polyzoo.core.log import get_logger, progress
 from polyzoo.sea.catalog import Catalog, FileRow
 from polyzoo.sea.embedding import PendingEmbedder, embed_waiting, unit_of_block
 from polyzoo.sea.index import file_hash, read_settings
-from polyzoo.sea.reading import ReadFile, read_file
+from polyzoo.sea.reading import ReadFile, read_files
 from polyzoo.sea.staging import Changes, Staging
 from polyzoo.sea.stores import VectorStore, open_store
 from polyzoo.sea.walk import Skipped, SourceFile, walk
@@ -29,14 +29,21 @@ _FILES_PER_COMMIT = 200
 class Indexer:
     """Brings one generation of an index up to date; made by the process that holds the lock.
 
-    Changed files are read into staged units, staged units get vectors, and one transaction makes all
-    of it visible: a reader sees the old state or the new. Only while the index has gaps anyway (in
-    its first run, or one that continues it) does each batch become visible at once, so that words can
-    be searched before the vectors are there. What is staged and every vector survive a kill.
+    Changed files are read into staged units, staged units get vectors, and one transaction makes
+    all of it visible: a reader sees the old state or the new. Only while the index has gaps anyway
+    (in its first run, or one that continues it) does each batch become visible at once, so that
+    words can be searched before the vectors are there. What is staged and every vector survive a
+    kill.
     """
 
     def __init__(
-        self, folder: Path, generation: int, catalog: Catalog, embedder: PendingEmbedder
+        self,
+        folder: Path,
+        generation: int,
+        catalog: Catalog,
+        embedder: PendingEmbedder,
+        *,
+        jobs: int = 1,
     ) -> None:
         self.folder, self.generation, self.catalog = folder, generation, catalog
         self.settings = read_settings(catalog)
@@ -46,6 +53,7 @@ class Indexer:
         """Files added, changed, removed, renamed, unchanged; units encoded, copied."""
         self._staging = Staging(catalog)
         self._embedder = embedder
+        self._jobs = jobs
         self._changes = Changes()
 
     def run(self) -> None:
@@ -65,7 +73,7 @@ class Indexer:
                 self._apply(complete=True)
             self._finish(stores)
         finally:
-            for store in stores:
+            for store in reversed(stores):
                 store.close()
 
     def _open_stores(self) -> list[VectorStore]:
@@ -76,9 +84,10 @@ class Indexer:
         try:
             for blocks in (False, True)[: 2 if self.settings.keep_blocks else 1]:
                 place = self.settings.place(self.folder, self.generation, blocks=blocks)
-                stores.append(open_store(place, create=create))
+                beside = stores[0] if stores else None
+                stores.append(open_store(place, create=create, beside=beside))
         except BaseException:
-            for store in stores:
+            for store in reversed(stores):
                 store.close()
             raise
         self.catalog.set_meta(stores_made=True)
@@ -146,15 +155,16 @@ class Indexer:
     def _stage(self, todo: Sequence[tuple[SourceFile, FileRow | None]], *, at_once: bool) -> None:
         if at_once:
             self._apply(complete=False)  # deletions, renames, and what a killed run had prepared
+        tasks = [(source, row.hash if row else None) for source, row in todo]
+        results = zip(todo, read_files(self.root, tasks, jobs=self._jobs), strict=True)
         with progress(total=len(todo), description="Reading", unit="file") as bar:
-            for chunk in _chunks(todo, _FILES_PER_COMMIT):
+            while chunk := list(islice(results, _FILES_PER_COMMIT)):
                 with self.catalog.transaction():
-                    for source, row in chunk:
-                        read = read_file(self.root, source, known_hash=row.hash if row else None)
+                    for (source, row), read in chunk:
                         self._stage_file(source, read, row)
-                        bar.update(1)
                 if at_once:
                     self._apply(complete=False)
+                bar.update(len(chunk))
 
     def _stage_file(self, source: SourceFile, read: ReadFile | None, row: FileRow | None) -> None:
         if read is None:
@@ -213,14 +223,6 @@ class Indexer:
     def _note_skip(self, row: FileRow) -> None:
         if row.skip:
             self.skipped.add(row.skip, row.path)
-
-
-def _chunks(
-    items: Iterable[tuple[SourceFile, FileRow | None]], size: int
-) -> Iterator[list[tuple[SourceFile, FileRow | None]]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
 
 
 def _now() -> str:

@@ -19,10 +19,78 @@ _ASCII_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _RUN = re.compile(r"[^\W\d_]+|\d+")
 
 STOP_WORDS = frozenset(
-    "a an and any are as at be but by can code do does doing for from function get given has have "
-    "how i if in into is it its me method my of on one or our should so some such than that the "
-    "their them then there these they this to use used using was we what when where which while "
-    "who why will with without you your".split()
+    {
+        "a",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "but",
+        "by",
+        "can",
+        "code",
+        "do",
+        "does",
+        "doing",
+        "for",
+        "from",
+        "function",
+        "get",
+        "given",
+        "has",
+        "have",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "me",
+        "method",
+        "my",
+        "of",
+        "on",
+        "one",
+        "or",
+        "our",
+        "should",
+        "so",
+        "some",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "to",
+        "use",
+        "used",
+        "using",
+        "was",
+        "we",
+        "what",
+        "when",
+        "where",
+        "which",
+        "while",
+        "who",
+        "why",
+        "will",
+        "with",
+        "without",
+        "you",
+        "your",
+    }
 )
 
 
@@ -51,8 +119,7 @@ def _joined(word: str) -> str:
 
 
 def _split_any_script(word: str) -> list[str]:
-    """The same borders by Unicode case: before a capital after a small letter, and before a capital
-    that a small letter follows."""
+    """Split at the same borders, by Unicode's notion of case."""
     parts: list[str] = []
     for run in _RUN.findall(word):
         start = 0

@@ -24,7 +24,7 @@ class Location:
 
 
 class Locator:
-    """Compares hits with their files; reads only files whose size or time is not the indexed one."""
+    """Compares hits with their files; reads only those whose size or time has changed."""
 
     def __init__(self, root: Path, catalog: Catalog) -> None:
         self.root, self.catalog = root, catalog
@@ -48,7 +48,7 @@ class Locator:
             if (other.symbol, other.kind) == (unit.symbol, unit.kind):
                 text, gaps = compact(other)
                 # Its blocks were cut in the old text.
-                new = replace(_at(unit, other), text=text, blocks=(), embedded=False)
+                new = replace(_at(unit, other), text=text, blocks=(), sketch=None, embedded=False)
                 return Location(new, "changed")
         return Location(unit, "gone")
 

@@ -47,9 +47,7 @@ def contrastive_loss(
     return loss
 
 
-def find_duplicates(
-    query_hash: Tensor, code_hash: Tensor, *, columns: int | None = None
-) -> Tensor:
+def find_duplicates(query_hash: Tensor, code_hash: Tensor, *, columns: int | None = None) -> Tensor:
     """(n, f) bool: column j is not query i's answer, yet has its documentation or its code.
 
     Args:

@@ -31,6 +31,10 @@ class DistillBatch:
     student: PairBatch
     teacher: PairBatch
 
+    def pin_memory(self) -> DistillBatch:
+        """The same in page-locked memory, for copies that do not wait."""
+        return DistillBatch(self.student.pin_memory(), self.teacher.pin_memory())
+
 
 class DistillDataset(Dataset[tuple[Pair, Pair]]):
     """Pairs of two prepared files that describe the same functions, block by block."""

@@ -30,7 +30,7 @@ class EvalConfig:
     ties: Ties = "pessimistic"
     """Where an answer stands among equal scores."""
     aggregator: Aggregator | None = None
-    """Use another combination of the blocks than the model's; only for one that needs no training."""
+    """Combine blocks differently than the model does; only in a way that needs no training."""
     keep_docstrings: bool = False
     """Leave docstrings in the functions; for data whose queries are not their docstrings."""
     baselines: bool = True
@@ -63,6 +63,10 @@ class PrepareConfig:
     """Preset whose encoder (for its tokenizer) and splitter are used."""
     model: SeaConfig | None = None
     """Another encoder and splitter than a preset's."""
+    keep_docstrings: bool = False
+    """Leave docstrings in the functions; for data whose queries are not their docstrings."""
+    several_queries: bool = False
+    """Several queries may have the same url (their id is unique); a codebase is evaluated apart."""
     unpaired: bool = False
     """Accept functions without documentation."""
     language: Language | None = None
@@ -104,7 +108,7 @@ class ConvertConfig:
     checkpoint: Path | None = None
     """checkpoint: the .bin file."""
     encoder: str | None = None
-    """checkpoint: folder or hub id of the RoBERTa encoder it was trained from (config, tokenizer)."""
+    """checkpoint: folder or hub id of the RoBERTa encoder it was trained from."""
     aggregator: Aggregator = "attn1_sum"
     """checkpoint: how it was trained; attn1_sum is one_layer with average."""
     codes: Path | None = None

@@ -118,7 +118,9 @@ class SeaPipeline:
                 f"{name}: a trained model brings its own configuration; config is only for "
                 "encoder:NAME"
             )
-        if name in SHIPPED:  # before folders: one of that name in the working folder changes nothing
+        if (
+            name in SHIPPED
+        ):  # before folders: one of that name in the working folder changes nothing
             folder = shipped_folder(name)
         elif Path(name).is_dir():
             folder = Path(name)
@@ -158,9 +160,7 @@ class SeaPipeline:
             raise DataError(f"nothing to embed in {code[:60]!r}: only blanks and comments")
         return parts
 
-    def embed_code(
-        self, codes: Sequence[str], *, language: str | Sequence[str]
-    ) -> CodeEmbeddings:
+    def embed_code(self, codes: Sequence[str], *, language: str | Sequence[str]) -> CodeEmbeddings:
         """Embed functions; results are in the given order whatever the batching.
 
         Args:

@@ -1,4 +1,4 @@
-"""From records to pieces: tokenise and split once, on all cores, and keep the result. Torch-free."""
+"""From records to pieces: tokenise and split once, on all cores. Torch-free."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def prepare_file(
     cache_folder: Path | None = None,
     workers: int | None = None,
     limit: int | None = None,
+    several_queries: bool = False,
 ) -> Prepared:
     """Read a jsonl(.gz) file or an already prepared .npz.
 
@@ -73,6 +74,7 @@ def prepare_file(
         cache_folder: Keep the result here under the hash of all that decides it.
         workers: Processes; None for one per core on large files.
         limit: Read only so many records.
+        several_queries: As in `read_records`.
     """
     path = Path(path)
     tokenizer = load_tokenizer(preparation)
@@ -88,7 +90,7 @@ def prepare_file(
     if cache_folder is not None and path.is_file():
         key = json.dumps(
             [FORMAT, sha256_file(path), asdict(_origin(preparation, tokenizer)), need_query,
-             language, limit]
+             language, limit, several_queries]
         )  # fmt: skip
         cached = cache_folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
         if cached.is_file():
@@ -96,7 +98,13 @@ def prepare_file(
                 return Prepared.load(cached)
             except DataError as error:
                 _log.warning("%s; preparing again", error)
-    records = read_records(path, need_query=need_query, language=language, limit=limit)
+    records = read_records(
+        path,
+        need_query=need_query,
+        language=language,
+        limit=limit,
+        several_queries=several_queries,
+    )
     prepared = prepare_records(records, preparation, workers=workers, source=path.name)
     if cached is not None:
         prepared.save(cached)

@@ -170,11 +170,14 @@ class Prepared:
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: numpy leaves a damaged file open.
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(arrays["origin"].tobytes())
             if header.pop("format") != FORMAT:
-                raise DataError(f"{path}: written by another version; run `polyzoo sea prepare` again")
+                raise DataError(
+                    f"{path}: written by another version; run `polyzoo sea prepare` again"
+                )
             header["prefix"], header["suffix"] = tuple(header["prefix"]), tuple(header["suffix"])
             return cls(
                 origin=Origin(**header),

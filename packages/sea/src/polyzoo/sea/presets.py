@@ -133,9 +133,8 @@ class SeaTrainConfig:
             raise ConfigError("lora.dora: a model folder cannot hold it; use plain LoRA")
         if self.train.batch_size < 2:
             raise ConfigError(
-                f"train.batch_size={self.train.batch_size}: one pair has no negatives; use 2 or more"
+                f"train.batch_size={self.train.batch_size}: one pair has no negatives; use 2"
             )
-
 
 
 def tiny() -> SeaTrainConfig:
@@ -164,8 +163,8 @@ def tiny() -> SeaTrainConfig:
 def paper() -> SeaTrainConfig:
     """The published hyper-parameters: released splitter and formula, pooler, no temperature.
 
-    Give the encoder, such as --model.encoder microsoft/graphcodebert-base. The published tables come
-    from the `released` protocol; train and compare with `full`.
+    Give the encoder, such as --model.encoder microsoft/graphcodebert-base. The published tables
+    come from the `released` protocol; train and compare with `full`.
     """
     return SeaTrainConfig(
         out=Path("models/sea-paper"),
@@ -252,4 +251,3 @@ def embedded() -> SeaTrainConfig:
 
 
 PRESETS = {"tiny": tiny, "paper": paper, "minilm": minilm, "embedded": embedded}
-

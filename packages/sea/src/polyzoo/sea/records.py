@@ -1,4 +1,4 @@
-"""CodeSearchNet-format files, read strictly: every error names the file and the line. Torch-free."""
+"""CodeSearchNet-format files, read strictly: errors name file and line. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Record:
     """One function, and the query it answers if it has one."""
 
     url: str
-    """Unique key; joins queries and codebase."""
+    """Joins queries and codebase; unique in a codebase."""
     text: str
     """The function as it stands in its file, documentation included where the file has it."""
     language: Language
@@ -29,6 +29,8 @@ class Record:
     code: str = ""
     """The function without its documentation."""
     func_name: str = ""
+    id: str = ""
+    """Of the record itself; the url where the file has no id."""
 
 
 def read_records(
@@ -37,6 +39,7 @@ def read_records(
     need_query: bool = True,
     language: Language | None = None,
     limit: int | None = None,
+    several_queries: bool = False,
 ) -> list[Record]:
     """Read a .jsonl or .jsonl.gz file.
 
@@ -46,6 +49,8 @@ def read_records(
         language: Of records that do not say; if the file says otherwise it is an error, because
             one splitter language was asked for.
         limit: Read only so many records.
+        several_queries: Several records may have the same url, as queries with one answer do;
+            their `id` must then be unique.
     """
     path = Path(path)
     records: list[Record] = []
@@ -55,12 +60,13 @@ def read_records(
             break
         where = f"{path}, line {number}"
         record = parse_record(line, where=where, need_query=need_query, language=language)
-        if record.url in seen:
+        kind, key = ("id", record.id) if several_queries else ("url", record.url)
+        if key in seen:
             raise DataError(
-                f"{where}: url {record.url!r} was already used in line {seen[record.url]}; "
+                f"{where}: {kind} {key!r} was already used in line {seen[key]}; "
                 "every record needs its own"
             )
-        seen[record.url] = number
+        seen[key] = number
         records.append(record)
     if not records:
         raise DataError(f"{path}: no records; one JSON object per line is wanted")
@@ -99,6 +105,7 @@ def parse_record(
         query=_query(content, where=where, need=need_query),
         code=code if isinstance(code := content.get("code"), str) else text,
         func_name=str(content.get("func_name") or ""),
+        id=str(content.get("id") or url),
     )
 
 
@@ -115,7 +122,9 @@ def _query(content: dict[str, Any], *, where: str, need: bool) -> str | None:
     if query and query.strip():
         return query
     if need:
-        what = "docstring_tokens is empty" if "docstring_tokens" in content else "no docstring_tokens"
+        what = (
+            "docstring_tokens is empty" if "docstring_tokens" in content else "no docstring_tokens"
+        )
         raise DataError(f"{where}: {what}; a query needs docstring_tokens (or docstring)")
     return None
 
@@ -145,8 +154,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         zipped = head.read(2) == b"\x1f\x8b"
     number = 0
     try:
-        with (gzip.open(path, "rb") if zipped else path.open("rb")) as stream:
-            for number, raw in enumerate(stream, start=1):  # noqa: B007 - used in the message
+        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
                 line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 if line.strip():
                     yield number, line.decode("utf-8")

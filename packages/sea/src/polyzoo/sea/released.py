@@ -76,7 +76,7 @@ def strip_comments(source: str, *, language: str) -> str:
 
 def lexer_tokens(code: str, *, language: str) -> list[str]:
     """Texts of the leaves of the syntax tree; a `string` node is a leaf, comments are left out."""
-    code = _wrap(code, language)
+    code = wrap(code, language=language)
     root = _root(code, language)
     lines = code.split("\n")
     return [
@@ -93,7 +93,7 @@ def start_points(code: str, *, language: str, min_line: int) -> list[Point]:
 
 def ast_pieces(code: str, *, language: str, min_line: int = INNER_MIN_LINE) -> list[str]:
     """The text between cut points; what follows the last one is lost."""
-    code = _wrap(strip_comments(code, language=language), language)
+    code = wrap(strip_comments(code, language=language), language=language)
     points = start_points(code, language=language, min_line=min_line)
     if len(points) < 2:
         return [code]
@@ -135,7 +135,8 @@ def window_text(items: Sequence[str], *, kind: str) -> str:
     return ("\n" if kind == "ast" else " ").join(items)
 
 
-def _wrap(code: str, language: str) -> str:
+def wrap(code: str, *, language: str) -> str:
+    """PHP text between the tags that the published code parses it with; the tags stay in it."""
     return f"<?php{code}?>" if language == "php" else code
 
 

@@ -45,7 +45,7 @@ class Hit:
     summary: str
     """First line of the documentation."""
     score: float
-    """What the hits are ordered by: in hybrid mode the sum of weight / (60 + rank) over both lists."""
+    """What hits are ordered by: in hybrid mode the sum of weight / (60 + rank) over both lists."""
     vector_rank: int | None
     """Place in the list by vectors; None where it is not among those compared."""
     vector_score: float | None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -15,43 +14,23 @@ from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.sea.catalog import UnitRow
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import unit_of_block
-from polyzoo.sea.excerpts import Excerpts
+from polyzoo.sea.excerpts import excerpt
 from polyzoo.sea.index import CodeIndex, Freshness, IndexState, find_folder
 from polyzoo.sea.lexical import query_terms
 from polyzoo.sea.locating import Locator
 from polyzoo.sea.results import Hit, SearchResult
-from polyzoo.sea.search_config import SearchConfig
+from polyzoo.sea.search_config import Mode, SearchConfig, SearchRequest
 from polyzoo.sea.stores import Filter, Vectors
 from polyzoo.sea.walk import compile_patterns
 
 FUSION_OFFSET = 60
-"""Reciprocal rank fusion: a hit's share is weight / (this + rank), so that no first place decides alone."""
+"""Reciprocal rank fusion: a hit's share is weight / (this + rank), so no first place decides alone."""
 
 _DEPTH = 200
+_TRIES = 3
 
-Mode = Literal["hybrid", "vector", "lexical"]
 Ranking = list[tuple[int, float]]
 """Numbers of units and their scores, best first."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchRequest:
-    """One question to an index."""
-
-    query: str
-    top_k: int = 10
-    mode: Mode = "hybrid"
-    languages: tuple[str, ...] = ()
-    paths: tuple[str, ...] = ()
-    """Patterns in .gitignore syntax."""
-    kinds: tuple[str, ...] = ()
-    vector_weight: float = 1.0
-    lexical_weight: float = 1.0
-    maxsim: bool = False
-    blocks: bool = True
-    """Find the best block of each hit."""
-    context: int = 6
-    """Lines of code per hit."""
 
 
 class Searcher:
@@ -110,30 +89,28 @@ class Searcher:
         if not request.query.strip():
             raise DataError("the query is empty; say in words what the code does")
         clock = _Clock()
+        for attempt in range(_TRIES):
+            result, revision = self._try(request, freshness, clock)
+            # Vectors have no snapshots: an update that became visible meanwhile may have removed
+            # some that the answer's state still names.
+            if attempt == _TRIES - 1 or (self._revision() == revision and self.index.is_current()):
+                return replace(result, took_ms=clock.milliseconds())
+        raise AssertionError("unreachable")
+
+    def _try(
+        self, request: SearchRequest, freshness: Freshness | None, clock: _Clock
+    ) -> tuple[SearchResult, int]:
         self._refresh()
-        state = self.index.state()
-        mode = request.mode
-        if mode == "hybrid" and not state.embedded:
-            mode = "lexical"
-        where = self._filter(request)
-        vector: Ranking = []
-        words: Ranking = []
-        query: Vectors | None = None
+        revision = self._revision()
+        mode, query = self._mode(request), None
         if mode != "lexical":
             with clock.measure("encode"):
                 query = self.load().embed_queries([request.query])[0]
-            with clock.measure("vectors"):
-                vector = self._rank_vectors(query, request, where)
-        if mode != "vector":
-            with clock.measure("words"):
-                terms = query_terms(request.query)
-                depth = max(_DEPTH, 4 * request.top_k)
-                words = self.index.catalog.match(terms, limit=depth, where=where)
-        best = _fuse(vector, words, request, mode)
-        with clock.measure("blocks"):
-            hits = self._hits(best, vector, words, query, request)
+        with self.index.catalog.snapshot():
+            state = self.index.state()
+            hits = self._answer(request, mode, query, clock)
         settings = self.index.settings
-        return SearchResult(
+        result = SearchResult(
             query=request.query,
             mode=mode,
             index=str(self.folder),
@@ -143,9 +120,10 @@ class Searcher:
             coverage=state.coverage,
             stale_files=freshness.count if freshness else None,
             notices=_notices(state, freshness, settings.repo, self.folder),
-            took_ms=clock.milliseconds(),
+            took_ms={},
             hits=hits,
         )
+        return result, revision
 
     def freshness(self) -> Freshness:
         """Compare the repository with the index."""
@@ -159,10 +137,37 @@ class Searcher:
             self._checked = False
             self._paths.clear()
 
+    def _revision(self) -> int:
+        return int(self.index.catalog.get_meta("revision", 0))
+
+    def _mode(self, request: SearchRequest) -> Mode:
+        """Words only, while there are no vectors at all."""
+        if request.mode == "hybrid" and not self.index.state().embedded:
+            return "lexical"
+        return request.mode
+
+    def _answer(
+        self, request: SearchRequest, mode: Mode, query: Vectors | None, clock: _Clock
+    ) -> tuple[Hit, ...]:
+        where = self._filter(request)
+        vector: Ranking = []
+        words: Ranking = []
+        if query is not None:
+            with clock.measure("vectors"):
+                vector = self._rank_vectors(query, request, where)
+        if mode != "vector":
+            with clock.measure("words"):
+                terms = query_terms(request.query)
+                depth = max(_DEPTH, 4 * request.top_k)
+                words = self.index.catalog.match(terms, limit=depth, where=where)
+        best = _fuse(vector, words, request, mode)
+        with clock.measure("blocks"):
+            return self._hits(best, vector, words, query, request)
+
     def _filter(self, request: SearchRequest) -> Filter:
         files = None
         if request.paths:
-            key = (int(self.index.catalog.get_meta("revision", 0)), request.paths)
+            key = (self._revision(), request.paths)
             if key not in self._paths:
                 patterns = compile_patterns(request.paths, option="path")
                 rows = self.index.catalog.rows("SELECT id, path FROM files ORDER BY id")
@@ -171,13 +176,13 @@ class Searcher:
         return Filter(languages=request.languages, kinds=request.kinds, files=files)
 
     def _rank_vectors(self, query: Vectors, request: SearchRequest, where: Filter) -> Ranking:
-        """Rank units exactly, whatever the store also holds that is not visible (yet, or any more)."""
+        """Rank units exactly, whatever the store holds that is not visible (yet, or any more)."""
         settings = self.index.settings
         by_blocks = request.maxsim or settings.sea.aggregator == "maxsim"
         if by_blocks and not settings.keep_blocks:
             raise ConfigError(
-                f"{self.folder} holds no block vectors, which maxsim compares; build it again with: "
-                f"polyzoo sea index {settings.repo} --out {self.folder} --rebuild --keep-blocks"
+                f"{self.folder} holds no block vectors, which maxsim compares; build it again "
+                f"with: polyzoo sea index {settings.repo} --out {self.folder} --rebuild --keep-blocks"
             )
         store = self.index.store(blocks=by_blocks)
         wanted = max(_DEPTH, 4 * request.top_k)
@@ -208,17 +213,12 @@ class Searcher:
         locator = Locator(Path(self.index.settings.repo), self.index.catalog)
         shown = [(number, score) for number, score in best if number in units]
         places = [locator.locate(units[number]) for number, _ in shown]
-        blocks = [None] * len(shown)
-        if request.blocks:
-            excerpts = Excerpts(self.index, self._embedder if query is not None else None)
-            blocks = excerpts.of(
-                [place.unit for place in places], request.query, query, request.context
-            )
         hits = []
-        for rank, ((number, score), place, block) in enumerate(
-            zip(shown, places, blocks, strict=True), start=1
-        ):
+        for rank, ((number, score), place) in enumerate(zip(shown, places, strict=True), start=1):
             unit, v, w = place.unit, by_vector.get(number), by_words.get(number)
+            block = None
+            if request.blocks:
+                block = excerpt(unit, request.query, query, request.context)
             hits.append(
                 Hit(
                     rank=rank,
@@ -245,24 +245,11 @@ class Searcher:
 def main(config: SearchConfig) -> SearchResult:
     """Run the command."""
     folder = config.index or find_folder(config.repo)
-    request = SearchRequest(
-        query=config.query,
-        top_k=config.top_k,
-        mode=config.mode,
-        languages=tuple(config.language),
-        paths=tuple(config.path),
-        kinds=tuple(config.kind),
-        vector_weight=config.vector_weight,
-        lexical_weight=config.lexical_weight,
-        maxsim=config.maxsim,
-        blocks=not config.no_blocks,
-        context=config.context,
-    )
     with Searcher(folder, model=config.model) as searcher:
         freshness = None
         if not config.no_check and Path(searcher.index.settings.repo).is_dir():
             freshness = searcher.freshness()
-        return searcher.search(request, freshness=freshness)
+        return searcher.search(config.request(), freshness=freshness)
 
 
 def _fuse(vector: Ranking, words: Ranking, request: SearchRequest, mode: Mode) -> Ranking:

@@ -11,6 +11,8 @@ from tyro.conf import Positional
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Language
 
+Mode = Literal["hybrid", "vector", "lexical"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexConfig:
@@ -25,7 +27,7 @@ class IndexConfig:
     store: Literal["local", "qdrant", "lancedb"] | None = None
     """Where vectors go; `local` for a new index."""
     store_location: str | None = None
-    """http://HOST:6333 or a folder for qdrant, a folder or bucket for lancedb; inside `out` by default."""
+    """http://HOST:6333 or a folder for qdrant, a folder or bucket for lancedb; by default in `out`."""
     dtype: Literal["float32", "float16"] | None = None
     """Numbers of a local store's vectors; float32 for a new index."""
     language: tuple[Language, ...] = ()
@@ -39,16 +41,51 @@ class IndexConfig:
     vendored: bool = False
     """Enter hidden and vendored folders, too."""
     keep_blocks: bool = False
-    """Store the vectors of blocks as well, for --maxsim and faster highlighting."""
+    """Store the vectors of blocks in full as well, for --maxsim."""
     rebuild: bool = False
     """Make the index anew; readers keep the old one until the new one is complete."""
-    jobs: int = 0
-    """Processes that read and parse files; 0 takes one per core where there are many files."""
+    jobs: int = 1
+    """Processes that read and parse files, where there are hundreds; 0 takes one per core."""
 
     def __post_init__(self) -> None:
         """Check what tyro cannot."""
         if self.jobs < 0:
             raise ConfigError(f"jobs={self.jobs} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchRequest:
+    """One question to an index."""
+
+    query: str
+    top_k: int = 10
+    mode: Mode = "hybrid"
+    languages: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    """Patterns in .gitignore syntax."""
+    kinds: tuple[str, ...] = ()
+    vector_weight: float = 1.0
+    lexical_weight: float = 1.0
+    maxsim: bool = False
+    blocks: bool = True
+    """Find the best block of each hit."""
+    context: int = 6
+    """Lines of code per hit."""
+
+    def __post_init__(self) -> None:
+        """Check ranges; NaN is in none."""
+        if not 1 <= self.top_k <= 1000:
+            raise ConfigError(f"top_k={self.top_k} must be from 1 to 1000")
+        if self.context < 0:
+            raise ConfigError(f"context={self.context} must be 0 or more")
+        for name in ("vector_weight", "lexical_weight"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1000:
+                raise ConfigError(f"{name}={value} must be from 0 to 1000")
+        if self.mode == "hybrid" and not self.vector_weight + self.lexical_weight:
+            raise ConfigError(
+                "vector_weight and lexical_weight are both 0: nothing is left to rank by"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +100,7 @@ class SearchConfig:
     """Folder of the index, where `index --out` put it elsewhere."""
     top_k: int = 10
     """Hits to show."""
-    mode: Literal["hybrid", "vector", "lexical"] = "hybrid"
+    mode: Mode = "hybrid"
     """Meaning and words together, or one of them; lexical needs no model."""
     language: tuple[Language, ...] = ()
     """Only units of these languages."""
@@ -88,18 +125,23 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         """Check what tyro cannot."""
-        if not 1 <= self.top_k <= 1000:
-            raise ConfigError(f"top_k={self.top_k} must be from 1 to 1000")
-        if self.context < 0:
-            raise ConfigError(f"context={self.context} must be 0 or more")
-        for name in ("vector_weight", "lexical_weight"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1000:
-                raise ConfigError(f"{name}={value} must be from 0 to 1000")
-        if self.mode == "hybrid" and not self.vector_weight + self.lexical_weight:
-            raise ConfigError(
-                "vector_weight and lexical_weight are both 0: nothing is left to rank by"
-            )
+        self.request()
+
+    def request(self) -> SearchRequest:
+        """Return the question alone."""
+        return SearchRequest(
+            query=self.query,
+            top_k=self.top_k,
+            mode=self.mode,
+            languages=tuple(self.language),
+            paths=tuple(self.path),
+            kinds=tuple(self.kind),
+            vector_weight=self.vector_weight,
+            lexical_weight=self.lexical_weight,
+            maxsim=self.maxsim,
+            blocks=not self.no_blocks,
+            context=self.context,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

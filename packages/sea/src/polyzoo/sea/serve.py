@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -91,7 +90,7 @@ class _Stopped(BaseException):
 
 
 def _serve_stdio(service: SearchService, config: ServeConfig) -> None:
-    """Answer one JSON object a line: {"id", "method", "params"} with {"id", "result" or "error"}."""
+    """Answer one JSON object a line: {"id", "method", "params"} by {"id", "result" or "error"}."""
     # What a library prints must not land between the answers.
     with os.fdopen(os.dup(sys.__stdout__.fileno() if sys.__stdout__ else 1), "wb") as answers:
         stdout, sys.stdout = sys.stdout, sys.stderr

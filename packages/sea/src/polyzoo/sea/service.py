@@ -14,8 +14,8 @@ from polyzoo.core.errors import ConfigError, PolyzooError
 from polyzoo.core.log import get_logger
 from polyzoo.sea.embedder import Embedder
 from polyzoo.sea.index import CodeIndex, Freshness
-from polyzoo.sea.search import Searcher, SearchRequest
-from polyzoo.sea.search_config import ServeConfig
+from polyzoo.sea.search import Searcher
+from polyzoo.sea.search_config import SearchRequest, ServeConfig
 from polyzoo.sea.status import describe
 
 logger = get_logger(__name__)
@@ -26,7 +26,7 @@ _MAX_CONTEXT = 200
 
 
 class BusyError(PolyzooError):
-    """More requests at a time than the limit, or none finished in time; the client may try again."""
+    """More requests at a time than the limit, or no turn in time; the client may try again."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class SearchService:
         self._started = time.monotonic()
 
     def warm(self) -> None:
-        """Load the model and look at the repository, so that the first answer is as fast as the rest."""
+        """Load the model and look at the repository, so that the first answer is a fast one."""
         self._searcher.load()
         self._check_freshness()
 

@@ -158,16 +158,25 @@ def _identity(root: Path, source: Path) -> tuple[str, str, str]:
             break
     for pattern in ("usr/share/doc/*/copyright", "debian/copyright"):
         for path in sorted(root.glob(pattern)):
-            names = set(re.findall(r"(?m)^License:\s*(\S.*?)\s*$", _read(path)))
-            spdx = {licences.from_statements(expression=None, text=text) for text in names}
-            if spdx:
-                licence = " AND ".join(sorted(spdx))
+            licence = _debian_licence(_read(path))
             name = name or (path.parent.name if "usr" in path.parts else "")
             break
     if not version:
         match = re.search(r"[-_](\d+(?:\.\d+)+[^/]*?)(?:_all|_amd64)?(?:\.deb)?$", source.name)
         version = match.group(1) if match else ""
     return name, version, licence
+
+
+def _debian_licence(copyright_file: str) -> str:
+    """All licences that the file names for upstream's files, but not for Debian's packaging."""
+    found = set()
+    for paragraph in re.split(r"\n\s*\n", copyright_file):
+        header = HeaderParser().parsestr(paragraph.lstrip("\n") + "\n")
+        patterns = (header.get("Files") or "").split()
+        if all(pattern.startswith("debian/") for pattern in patterns):
+            continue
+        found.add(licences.from_statements(expression=None, text=header.get("License")))
+    return " AND ".join(sorted(found)) or licences.UNKNOWN
 
 
 def _python_metadata(text: str) -> tuple[str, str, str]:

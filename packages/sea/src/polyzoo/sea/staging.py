@@ -1,4 +1,4 @@
-"""Changes of an index: prepared beside what readers see, made visible in one transaction. Torch-free."""
+"""Changes of an index: prepared out of sight, made visible in one transaction. Torch-free."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ class WaitingUnit:
     symbol: str
     text: str
     hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """The blocks of a unit."""
+
+    lines: list[list[int]]
+    """First and last line of each, as lines of the unit's text."""
+    sketch: bytes | None
+    """Their vectors in 8 bits; None where there is only one."""
 
 
 @dataclass(slots=True)
@@ -144,25 +154,31 @@ class Staging:
         """Return how many units have no vector."""
         return int(self.catalog.rows("SELECT count(*) FROM units WHERE embedded = 0")[0][0])
 
-    def twins(self, hashes: Iterable[str]) -> dict[str, tuple[int, str]]:
-        """Return, by content, a unit that has a vector already, and the lines of its blocks."""
+    def twins(self, hashes: Iterable[str]) -> dict[str, tuple[int, BlockInfo]]:
+        """Return, by content, a unit that has a vector already, and what is known of its blocks."""
         found = self.catalog.rows(
-            "SELECT hash, id, blocks FROM units WHERE embedded = 1 "
+            "SELECT hash, id, blocks, sketch FROM units WHERE embedded = 1 "
             "AND hash IN (SELECT value FROM json_each(?))",
             (json.dumps(list(hashes)),),
         )
-        return {content: (number, blocks) for content, number, blocks in found}
+        return {
+            content: (number, BlockInfo(json.loads(lines), sketch))
+            for content, number, lines, sketch in found
+        }
 
-    def mark_embedded(self, blocks: Mapping[int, str | None]) -> None:
-        """Say that units have vectors, and where their blocks are (JSON of line pairs).
+    def mark_embedded(self, blocks: Mapping[int, BlockInfo | None]) -> None:
+        """Say that units have vectors, and where their blocks are.
 
         None in place of the blocks says that the model has no vector for the unit.
         """
         with self.catalog.transaction():
-            for number, spans in blocks.items():
+            for number, info in blocks.items():
+                state = (
+                    (2, None, None) if info is None else (1, json.dumps(info.lines), info.sketch)
+                )
                 self.catalog.execute(
-                    "UPDATE units SET embedded = ?, blocks = ? WHERE id = ?",
-                    (2 if spans is None else 1, spans, number),
+                    "UPDATE units SET embedded = ?, blocks = ?, sketch = ? WHERE id = ?",
+                    (*state, number),
                 )
 
     def dead(self) -> list[int]:
@@ -249,6 +265,7 @@ def _stat(file: FileRow) -> tuple[str, int, int, int, str]:
 
 
 def unit_hash(language: str, kind: str, text: str) -> str:
+    """Return what units with the same vector have in common."""
     data = f"{language}\0{kind}\0{text}".encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -256,8 +273,8 @@ def unit_hash(language: str, kind: str, text: str) -> str:
 def compact(unit: Unit) -> tuple[str, list[tuple[int, int]]]:
     """Close the holes that a class's or module's own units leave in its text.
 
-    So that editing a method, which changes the length of its hole, does not change its class. Returns
-    the text and, as (line of the text, lines left out before it), what it takes to undo it.
+    So that editing a method, which changes the length of its hole, does not change its class.
+    Returns the text and, as (line of the text, lines left out before it), what it takes to undo it.
     """
     if unit.kind not in ("class", "module"):
         return unit.text, []

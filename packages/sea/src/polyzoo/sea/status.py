@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from polyzoo.core.errors import DataError
 from polyzoo.sea.index import CodeIndex, Freshness, disk_bytes, find_folder
@@ -101,8 +100,8 @@ def render(report: StatusReport) -> str:
     lines = [
         f"{report.repo}",
         f"  index      {report.folder} ({report.disk_bytes / 1e6:,.1f} MB, {report.store} store)",
-        f"  model      {report.model} ({report.model_id}, {report.dim} channels, {report.aggregator}, "
-        f"splitter {report.splitter}{', blocks kept' if report.keep_blocks else ''})",
+        f"  model      {report.model} ({report.model_id}, {report.dim} channels, "
+        f"{report.aggregator}, splitter {report.splitter}{', blocks kept' if report.keep_blocks else ''})",
         f"  units      {report.units:,}, {report.coverage:.0%} with vectors",
     ]
     for language, counts in report.languages.items():

@@ -8,6 +8,7 @@ continuation characters of the old vocabulary stay.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_folder
@@ -57,8 +58,7 @@ def build_student(
         )
     if config.max_positions > shape.max_position_embeddings:
         raise ConfigError(
-            f"max_positions={config.max_positions}: the teacher has "
-            f"{shape.max_position_embeddings}"
+            f"max_positions={config.max_positions}: the teacher has {shape.max_position_embeddings}"
         )
     tokenizer = json.loads((teacher / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer["model"].get("type") != "WordPiece":
@@ -121,13 +121,18 @@ def build_random(
     """
     from transformers import BertConfig, BertModel
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106 - not a password
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    cutter = pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word
+        for text in texts
+        for word, _ in cutter.pre_tokenize_str(normalizer.normalize_str(text))
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(
+        models.WordPiece(learn_vocabulary(words, size=vocab_size), unk_token="[UNK]")  # noqa: S106
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = cutter
     cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)]
@@ -149,6 +154,19 @@ def build_random(
         write_weights(folder / "model.safetensors", model.state_dict())
         tokenizer.save(str(folder / "tokenizer.json"))
     return Path(target)
+
+
+def learn_vocabulary(words: Mapping[str, int], *, size: int) -> dict[str, int]:
+    """Special pieces, all letters, then the most frequent words; the same for the same words.
+
+    (The trainers of `tokenizers` break ties at random.)
+    """
+    letters = sorted({letter for word in words for letter in word})
+    pieces = [*SPECIAL, *letters, *(_CONTINUES + letter for letter in letters)]
+    known = set(pieces)
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    pieces += [word for word in frequent if word not in known][: max(0, size - len(pieces))]
+    return {piece: number for number, piece in enumerate(pieces)}
 
 
 def count_pieces(prepared: Sequence[Prepared], *, size: int) -> np.ndarray:

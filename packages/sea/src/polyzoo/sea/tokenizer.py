@@ -110,7 +110,8 @@ class SeaTokenizer:
     def _fingerprint(self) -> str:
         # Vocabulary and behaviour, not the file: its JSON differs between versions of tokenizers.
         content = json.dumps(
-            [sorted(self.vocabulary().items()), self._tokenizer.encode(_PROBE).ids], ensure_ascii=True
+            [sorted(self.vocabulary().items()), self._tokenizer.encode(_PROBE).ids],
+            ensure_ascii=True,
         )
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -126,7 +127,11 @@ def _special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
         ids = tokenizer.encode("", add_special_tokens=True).ids
         prefix, suffix = ids[: len(ids) // 2], ids[len(ids) // 2 :]
     pad = next(
-        (found for name in ("[PAD]", "<pad>") if (found := tokenizer.token_to_id(name)) is not None),
+        (
+            found
+            for name in ("[PAD]", "<pad>")
+            if (found := tokenizer.token_to_id(name)) is not None
+        ),
         0,
     )
     return SpecialTokens(prefix=tuple(prefix), suffix=tuple(suffix), pad_id=pad)

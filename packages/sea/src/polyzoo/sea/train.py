@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,9 @@ def _gather(config: SeaTrainConfig) -> _Material:
 
 def _gather_for_student(config: SeaTrainConfig) -> _Material:
     """Files in the teacher's pieces, and the same in the student's."""
-    assert config.distill is not None
-    assert config.student is not None
-    assert config.data.train is not None
+    assert config.distill is not None  # noqa: S101 - our own promise
+    assert config.student is not None  # noqa: S101 - our own promise
+    assert config.data.train is not None  # noqa: S101 - our own promise
     source = SeaPipeline.from_pretrained(config.distill.teacher, device="cpu", dtype="float32")
     source.model.encoder.unfuse()
     old = source.tokenizer
@@ -211,8 +211,8 @@ def _reader(
 
 
 def _random_encoder(config: SeaTrainConfig) -> Path:
-    assert config.random is not None
-    assert config.data.train is not None
+    assert config.random is not None  # noqa: S101 - our own promise
+    assert config.data.train is not None  # noqa: S101 - our own promise
     folder = Path(config.train.run_dir) / "encoder"
     if (folder / "tokenizer.json").is_file():
         return folder
@@ -285,12 +285,10 @@ def _step(config: SeaTrainConfig) -> Callable[[Any, Any, StepContext], StepOutpu
         out = model(pairs, recompute=config.loss.recompute)
         scores = ctx.call(model, "scores", out.queries, out.codes)
         if isinstance(batch, DistillBatch):
-            assert config.distill is not None
+            assert config.distill is not None  # noqa: S101 - our own promise
             teacher = ctx.frozen["teacher"]
-            assert isinstance(teacher, SeaModel)
-            objective = distill_objective(
-                out, scores, batch, teacher, config.loss, config.distill
-            )
+            assert isinstance(teacher, SeaModel)  # noqa: S101 - our own promise
+            objective = distill_objective(out, scores, batch, teacher, config.loss, config.distill)
         else:
             objective = pair_objective(scores, pairs, config.loss)
         return StepOutput(
@@ -300,15 +298,13 @@ def _step(config: SeaTrainConfig) -> Callable[[Any, Any, StepContext], StepOutpu
     return step
 
 
-def _validation(valid: Prepared) -> Callable[[SeaModel], Mapping[str, float]]:
+def _validation(valid: Prepared) -> Callable[[SeaModel], dict[str, float]]:
     answers = evaluation.find_answers(valid, valid)
 
     @torch.no_grad()
     def evaluate(model: SeaModel) -> dict[str, float]:
         embedded = evaluation.embed(model, valid, valid)
-        ranking = evaluation.rank(
-            evaluation.model_scores(model, embedded), answers, valid.lengths
-        )
+        ranking = evaluation.rank(evaluation.model_scores(model, embedded), answers, valid.lengths)
         return {
             "mrr": ranking.all.mrr,
             "recall_1": ranking.all.recall["1"],
@@ -322,7 +318,7 @@ def _validation(valid: Prepared) -> Callable[[SeaModel], Mapping[str, float]]:
 
 def _save(config: SeaTrainConfig, material: _Material, model: nn.Module) -> None:
     if config.train.lora is None:
-        assert isinstance(model, SeaModel)
+        assert isinstance(model, SeaModel)  # noqa: S101 - our own promise
         save_folder(config.out, model, tokenizer_folder=material.encoder, int8=config.int8)
         return
     clean = _build(config, material)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import FolderLock, remove_stale
 from polyzoo.sea import lexical
 from polyzoo.sea.catalog import Catalog
-from polyzoo.sea.search_config import IndexConfig
 from polyzoo.sea.embedder import Embedder, load_embedder
 from polyzoo.sea.embedding import PendingEmbedder
 from polyzoo.sea.index import (
@@ -29,6 +29,7 @@ from polyzoo.sea.index import (
 )
 from polyzoo.sea.indexer import Indexer
 from polyzoo.sea.languages import GRAMMARS
+from polyzoo.sea.search_config import IndexConfig
 from polyzoo.sea.stores import open_store
 from polyzoo.sea.walk import Skipped, WalkRules, compile_patterns, walk
 
@@ -99,6 +100,7 @@ def build_index(config: IndexConfig, *, embedder: Embedder | None = None) -> Ind
         old = current_generation(folder)  # another process may just have made it
         if old is None:
             return _first(config, repo, folder, embedder, start)
+        _sweep(folder, old)
         catalog = Catalog(catalog_path(folder, old), write=True)
         try:
             return _again(config, repo, folder, old, catalog, embedder, start)
@@ -131,7 +133,7 @@ def _first(
     try:
         # At once, so that readers may search words while vectors are made.
         switch_generation(folder, 1)
-        return _run(folder, 1, catalog, model, start)
+        return _run(config, folder, 1, catalog, model, start)
     finally:
         catalog.close()
 
@@ -157,24 +159,30 @@ def _again(
         _check_unchanged(config, old, folder)
         if rules != old.rules:
             write_settings(catalog, replace(old, rules=rules))
-        _discard(folder, generation + 1, old)  # a rebuild that was given up
-        return _run(folder, generation, catalog, model, start)
+        _discard(folder, generation + 1)  # a rebuild that was given up
+        return _run(config, folder, generation, catalog, model, start)
     settings = _new_settings(config, repo, folder, name, model.get(), rules, old)
     anew = _begin(folder, generation + 1, settings)
     try:
-        report = _run(folder, generation + 1, anew, model, start)
+        report = _run(config, folder, generation + 1, anew, model, start)
     finally:
         anew.close()
     switch_generation(folder, generation + 1)
     catalog.close()
-    _discard(folder, generation, old)
+    _discard(folder, generation)
     return report
 
 
 def _run(
-    folder: Path, generation: int, catalog: Catalog, model: PendingEmbedder, start: float
+    config: IndexConfig,
+    folder: Path,
+    generation: int,
+    catalog: Catalog,
+    model: PendingEmbedder,
+    start: float,
 ) -> IndexReport:
-    indexer = Indexer(folder, generation, catalog, model)
+    jobs = config.jobs or os.cpu_count() or 1
+    indexer = Indexer(folder, generation, catalog, model, jobs=jobs)
     indexer.run()
     settings, counts = indexer.settings, indexer.counts
     units, embedded = catalog.coverage()
@@ -209,8 +217,8 @@ def _check_has_source(repo: Path, rules: WalkRules | None) -> None:
     if next(walk(repo, rules or WalkRules(), skipped), None) is None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.counts.items())
         raise DataError(
-            f"{repo} holds no source file to index (left out: {reasons or 'nothing, it is empty'}); "
-            f"known languages: {', '.join(sorted(GRAMMARS))}"
+            f"{repo} holds no source file to index (left out: "
+            f"{reasons or 'nothing, it is empty'}); known languages: {', '.join(sorted(GRAMMARS))}"
         )
 
 
@@ -278,19 +286,27 @@ def _begin(folder: Path, generation: int, settings: IndexSettings) -> Catalog:
         catalog = Catalog(path, write=True)
         if catalog.get_meta("settings") == dump(settings):
             return catalog
-        begun = read_settings(catalog) if catalog.get_meta("settings") else settings
         catalog.close()
-        _discard(folder, generation, begun)
-    catalog = Catalog.create(path)
-    write_settings(catalog, settings)
-    return catalog
+        _discard(folder, generation)
+    return Catalog.create(path, settings=dump(settings))
 
 
-def _discard(folder: Path, generation: int, settings: IndexSettings) -> None:
-    """Remove a generation nobody reads any more; what a reader has open stays until it closes it."""
+def _sweep(folder: Path, generation: int) -> None:
+    """Remove what a run left that was killed between switching and tidying up."""
+    for path in folder.glob("catalog-*.sqlite"):
+        number = path.stem.removeprefix("catalog-")
+        if number.isdigit() and int(number) < generation:
+            _discard(folder, int(number))
+
+
+def _discard(folder: Path, generation: int) -> None:
+    """Remove a generation nobody reads any more; a reader that has it open keeps it until then."""
     path = catalog_path(folder, generation)
     if not path.exists():
         return
+    catalog = Catalog(path)
+    settings = read_settings(catalog)
+    catalog.close()
     for blocks in (False, True):
         place = settings.place(folder, generation, blocks=blocks)
         with suppress(DataError):  # it was never made

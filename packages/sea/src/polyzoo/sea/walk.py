@@ -21,8 +21,19 @@ _SNIFF_BYTES = 8_192
 _EXAMPLES = 20
 
 VENDORED = frozenset(
-    "node_modules bower_components jspm_packages vendor _vendor third_party thirdparty Pods "
-    "site-packages venv virtualenv".split()
+    {
+        "node_modules",
+        "bower_components",
+        "jspm_packages",
+        "vendor",
+        "_vendor",
+        "third_party",
+        "thirdparty",
+        "Pods",
+        "site-packages",
+        "venv",
+        "virtualenv",
+    }
 )
 _CACHES = frozenset({"__pycache__", ".git"})
 _GENERATED_NAME = re.compile(r"_pb2(_grpc)?\.pyi?$|\.min\.|\.pb\.go$|_generated\.go$|-min\.js$")
@@ -31,7 +42,7 @@ _GENERATED_GO = re.compile(rb"^// Code generated .* DO NOT EDIT\.\r?$", re.MULTI
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file to index: where it is, its language, and the two numbers that say whether it changed."""
+    """A file to index: its place and language, and the numbers that say whether it changed."""
 
     path: str
     """Relative to the repository, with forward slashes."""
@@ -72,7 +83,7 @@ class WalkRules:
 
 
 def walk(root: Path, rules: WalkRules, skipped: Skipped) -> Iterator[SourceFile]:
-    """Yield the source files under `root`, sorted by folder and name; symbolic links are not followed.
+    """Yield the source files under `root` by folder and name; symbolic links are not followed.
 
     Files are judged by name, size and place alone: `reason_to_skip` judges their content, so that a
     walk that only asks what changed reads nothing.

@@ -84,7 +84,8 @@ class RunLog:
         """Write the means of a log window, and show them."""
         self._write("train", step, values, metrics)
         self._bar.set_postfix_str(_postfix(values), refresh=False)
-        self._bar.update(step - self._bar.n)
+        self._bar.n = step
+        self._bar.refresh()
 
     def evaluation(self, *, step: int, metrics: Mapping[str, float]) -> None:
         """Write the result of an evaluation."""

@@ -14,6 +14,7 @@ from polyzoo.core.errors import ConfigError
 from polyzoo.core.lazy import import_extra
 from polyzoo.core.weights import read_weights, write_weights
 from polyzoo.training.config import LoraConfig
+from polyzoo.training.precision import freeze
 
 ADAPTER = "adapter_model.safetensors"
 _EXTRA = "polyzoo-training[lora]"
@@ -29,12 +30,9 @@ def adapt(model: nn.Module, config: LoraConfig, dtype: torch.dtype) -> nn.Module
     peft = import_extra("peft", install=_EXTRA)
     everywhere = config.targets == ("all-linear",)
     targets = _all_linear(model) if everywhere else list(config.targets)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    freeze(model, dtype)
     try:
-        return peft.get_peft_model(
+        adapted = peft.get_peft_model(
             model,
             peft.LoraConfig(
                 r=config.rank,
@@ -47,6 +45,12 @@ def adapt(model: nn.Module, config: LoraConfig, dtype: torch.dtype) -> nn.Module
         )
     except ValueError as error:
         raise ConfigError(f"lora.targets={config.targets!r}: {error}") from error
+    # peft keeps adapters in fp32, but not the modules trained in full: their small updates would
+    # vanish in half precision.
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def _all_linear(model: nn.Module) -> str:

@@ -138,9 +138,9 @@ class Window:
             for name, value in row.values.items()
             if isinstance(value, Tensor)
         ]
-        # One transfer per dtype instead of one per number.
-        for dtype in {value.dtype for _, _, value in slots}:
-            chosen = [slot for slot in slots if slot[2].dtype == dtype]
+        # One transfer per dtype and device instead of one per number.
+        for kind in {(value.dtype, value.device) for _, _, value in slots}:
+            chosen = [slot for slot in slots if (slot[2].dtype, slot[2].device) == kind]
             numbers = torch.stack([value.detach().reshape(()) for _, _, value in chosen]).tolist()
             for (row, name, _), number in zip(chosen, numbers, strict=True):
                 row.values[name] = float(number)

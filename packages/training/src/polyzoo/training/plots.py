@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from polyzoo.training.events import read_events
 PLOTS = "plots"
 _COLUMNS = 2
 _INK = "#1f4e79"
+_PALE = "#a9c4de"
+_EXACT = ("learning rate", "memory (bytes)")  # nothing to smooth
+_FEW = 40  # points that can still be told apart
 
 Series = tuple[list[int], list[float]]
 
@@ -65,6 +69,16 @@ def _add(panels: dict[str, Series], title: str, points: list[tuple[int, float | 
         panels[title] = ([step for step, _ in finite], [value for _, value in finite])
 
 
+def running_mean(values: list[float], reach: int) -> list[float]:
+    """Return the mean of each value and its neighbours, up to `reach` on either side."""
+    sums = [0.0, *accumulate(values)]
+    means: list[float] = []
+    for index in range(len(values)):
+        start, end = max(0, index - reach), min(len(values), index + reach + 1)
+        means.append((sums[end] - sums[start]) / (end - start))
+    return means
+
+
 def _draw_page(path: Path, title: str, panels: Mapping[str, Series]) -> None:
     # The object interface: pyplot would keep global state and may open a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -77,8 +91,13 @@ def _draw_page(path: Path, title: str, panels: Mapping[str, Series]) -> None:
     figure.suptitle(title)
     for index, (name, (steps, values)) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, _COLUMNS, index + 1)
-        few = len(steps) <= 40
-        axes.plot(steps, values, color=_INK, linewidth=1.2, marker="o" if few else "", markersize=3)
+        if len(steps) <= _FEW:
+            axes.plot(steps, values, color=_INK, linewidth=1.2, marker="o", markersize=3)
+        elif name in _EXACT:
+            axes.plot(steps, values, color=_INK, linewidth=1.4)
+        else:
+            axes.plot(steps, values, color=_PALE, linewidth=0.7)
+            axes.plot(steps, running_mean(values, len(values) // _FEW), color=_INK, linewidth=1.4)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

@@ -28,15 +28,30 @@ def forward_context(dtype: torch.dtype, device: torch.device) -> AbstractContext
 
 
 def keep_masters_fp32(model: nn.Module) -> None:
-    """Make trainable parameters fp32 in place, so that small updates are not rounded away."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+    """Make trainable parameters fp32 in place, so that small updates are not rounded away.
+
+    The running statistics beside them follow: a layer computes with both.
+    """
+    for module in model.modules():
+        trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        for tensor in (*trained, *(module.buffers(recurse=False) if trained else ())):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
 
 
-def freeze(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return the module ready for use beside training: no gradients, eval mode, compute dtype."""
-    return module.requires_grad_(False).eval().to(device=device, dtype=dtype)
+def freeze(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Take a module's parameters out of training, in place, and store them in the compute dtype.
+
+    Layers with running statistics stay as they are: rounding those would shift their output.
+    """
+    module.requires_grad_(False)
+    for part in module.modules():
+        if any(buffer.is_floating_point() for buffer in part.buffers(recurse=False)):
+            continue
+        for parameter in part.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def build_frozen(
@@ -44,8 +59,8 @@ def build_frozen(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, nn.Module]:
-    """Build and freeze the modules that a step uses but does not train."""
+    """Build the modules that a step uses but does not train, in eval mode on the device."""
     return {
-        name: freeze(made if isinstance(made, nn.Module) else made(), device, dtype)
+        name: freeze(made if isinstance(made, nn.Module) else made(), dtype).eval().to(device)
         for name, made in builders.items()
     }

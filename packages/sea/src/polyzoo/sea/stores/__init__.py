@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from polyzoo.core.errors import ConfigError
-from polyzoo.sea.stores.base import Filter, Ids, Points, VectorStore, Vectors
+from polyzoo.sea.stores.base import Filter, Ids, Points, Vectors, VectorStore
 
 __all__ = [
     "Filter",
@@ -38,8 +38,15 @@ class StorePlace:
     model_id: str
 
 
-def open_store(place: StorePlace, *, create: bool = False) -> VectorStore:
+def open_store(
+    place: StorePlace, *, create: bool = False, beside: VectorStore | None = None
+) -> VectorStore:
     """Open a store, or make it if `create` and it is not there.
+
+    Args:
+        place: Where it is.
+        create: Make it if need be.
+        beside: A store of the same index, closed after this one; its connection is shared.
 
     Raises:
         DataError: it is not there, is damaged, or holds vectors of another size.
@@ -60,6 +67,7 @@ def open_store(place: StorePlace, *, create: bool = False) -> VectorStore:
             dim=place.dim,
             model_id=place.model_id,
             create=create,
+            beside=beside if isinstance(beside, QdrantStore) else None,
         )
     if place.kind == "lancedb":
         from polyzoo.sea.stores.lancedb import LanceStore

@@ -48,7 +48,8 @@ class VectorStore(ABC):
     """Vectors by number, searched by inner product.
 
     `upsert` and `delete` are durable when they return. Every search is exact. One writer at a time,
-    any number of readers where the engine allows it; a reader sees what was written before its call.
+    any number of readers where the engine allows it; a reader sees what was written before its
+    call.
     """
 
     dim: int
@@ -100,8 +101,8 @@ class VectorStore(ABC):
         count = len(points.ids)
         if points.vectors.shape != (count, self.dim):
             raise DataError(
-                f"vectors of shape {points.vectors.shape} do not fit a store of {self.dim} channels "
-                f"and {count} numbers; was the index built with another model?"
+                f"vectors of shape {points.vectors.shape} do not fit a store of {self.dim} "
+                f"channels and {count} numbers; was the index built with another model?"
             )
         if count and points.ids.min() <= 0:
             raise DataError(f"id {points.ids.min()} must be positive")

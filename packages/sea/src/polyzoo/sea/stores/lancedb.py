@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the interface documents what its methods do
 """Vectors in LanceDB: a versioned table in a folder or in object storage."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from polyzoo.core.errors import DataError, PolyzooError
 from polyzoo.core.lazy import import_extra
-from polyzoo.sea.stores.base import Filter, Ids, Points, VectorStore, Vectors, ordered
+from polyzoo.sea.stores.base import Filter, Ids, Points, Vectors, VectorStore, ordered
 
 _BATCH = 4_096
 _WRITES_PER_COMPACTION = 64
@@ -21,7 +22,7 @@ _WRITES_PER_COMPACTION = 64
 class LanceStore(VectorStore):
     """One table per generation of an index, searched without an approximate index, so exactly.
 
-    Every write makes a version of the table; they are merged now and then and when the store closes.
+    Every write makes a version of the table; they are merged now and then, and on closing.
 
     Example:
         >>> store = LanceStore("vectors.lance", name="demo", generation=1, dim=384, create=True)
@@ -140,8 +141,8 @@ class LanceStore(VectorStore):
         size = table.schema.field("vector").type.list_size
         if size != self.dim:
             raise DataError(
-                f"LanceDB table {self.table_name} holds vectors of {size} channels, not {self.dim}; "
-                "build the index again"
+                f"LanceDB table {self.table_name} holds vectors of {size} channels, not "
+                f"{self.dim}; build the index again"
             )
         return table
 

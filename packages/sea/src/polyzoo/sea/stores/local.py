@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the interface documents what its methods do
 """The default store: an append-only matrix and an append-only log beside it, searched exactly."""
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import numpy.typing as npt
 
 from polyzoo.core.errors import DataError, PolyzooError
 from polyzoo.core.io import atomic_write, fsync_folder
-from polyzoo.sea.stores.base import Filter, Ids, Points, VectorStore, Vectors, ordered
+from polyzoo.sea.stores.base import Filter, Ids, Points, Vectors, VectorStore, ordered
 
 _ENTRY = np.dtype([("id", "<i8"), ("file", "<i8"), ("language", "S16"), ("kind", "S8")])
-"""A log entry: a positive number says that the next matrix row is its vector, a negative that it is gone."""
+"""A positive number says that the next matrix row is its vector, a negative one that it is gone."""
 
 _CHUNK_ROWS = 16_384
 _MIN_DEAD_ROWS = 4_096
@@ -43,9 +44,9 @@ class _Snapshot:
 class LocalStore(VectorStore):
     """Vectors in one memory-mapped matrix.
 
-    Nothing that was written is ever changed: rows and log entries are appended, the row reaching the
-    disk before the entry that names it, so a process killed at any instant leaves a valid store, at
-    most with a torn tail that the next writer cuts off. When most rows are dead the live ones are
+    Nothing that was written is ever changed: rows and log entries are appended, the row reaching
+    the disk before the entry that names it, so a process killed at any instant leaves a valid
+    store, at most with a torn tail that the next writer cuts off. When most rows are dead the live ones are
     copied to new files and a pointer file is switched.
 
     Example:
@@ -178,11 +179,11 @@ class LocalStore(VectorStore):
             matrix_path, log_path = self._paths(epoch)
             try:
                 log_bytes = log_path.stat().st_size // _ENTRY.itemsize * _ENTRY.itemsize
-                old = self._snapshot
-                if old is None or (old.epoch, old.log_bytes) != (epoch, log_bytes):
-                    self._snapshot = self._load(epoch, log_bytes, matrix_path, log_path)
-                assert self._snapshot is not None  # just loaded
-                return self._snapshot
+                known = self._snapshot
+                if known is None or (known.epoch, known.log_bytes) != (epoch, log_bytes):
+                    known = self._load(epoch, log_bytes, matrix_path, log_path)
+                    self._snapshot = known
+                return known
             except FileNotFoundError:
                 if attempt == 2:  # a compaction in between explains one or two misses, not three
                     raise DataError(

@@ -1,3 +1,4 @@
+# ruff: noqa: D102 - the interface documents what its methods do
 """Vectors in Qdrant: a server or cluster by address, or its local mode in a folder or in memory."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from polyzoo.core.errors import DataError, LockedError, PolyzooError
 from polyzoo.core.lazy import import_extra
-from polyzoo.sea.stores.base import Filter, Ids, Points, VectorStore, Vectors, ordered
+from polyzoo.sea.stores.base import Filter, Ids, Points, Vectors, VectorStore, ordered
 
 _BATCH = 256
 _SCROLL = 4_096
@@ -23,8 +24,8 @@ _ALIAS_SEPARATOR = "-g"
 class QdrantStore(VectorStore):
     """One collection per generation of an index; `publish` moves the index's alias to this one.
 
-    On a server, language, kind and file get payload indexes, and searches ask for exact results. The
-    key is read from the environment variable QDRANT_API_KEY, so that it shows in no process list.
+    On a server, language, kind and file get payload indexes, and searches ask for exact results.
+    The key is read from the environment variable QDRANT_API_KEY, so that it shows in no process list.
     Local mode keeps its folder to one process: no search while another process indexes.
 
     Example:
@@ -40,13 +41,15 @@ class QdrantStore(VectorStore):
         dim: int,
         model_id: str = "",
         create: bool = False,
+        beside: QdrantStore | None = None,
     ) -> None:
         self.dim, self.location, self.alias = dim, location, name
         self.collection = f"{name}{_ALIAS_SEPARATOR}{generation}"
         self._models = import_extra("qdrant_client.models", install="polyzoo-sea[qdrant]")
         self._is_server = location.startswith(("http://", "https://"))
+        self._owns_client = beside is None
         with self._explained():
-            self._client = self._connect()
+            self._client = beside._client if beside else self._connect()
         try:
             with self._explained():
                 if create and not self._client.collection_exists(self.collection):
@@ -131,7 +134,8 @@ class QdrantStore(VectorStore):
                 return np.array(sorted(numbers), np.int64)
 
     def close(self) -> None:
-        self._client.close()
+        if self._owns_client:
+            self._client.close()
 
     def drop(self) -> None:
         with self._explained():
@@ -161,7 +165,7 @@ class QdrantStore(VectorStore):
         client = import_extra("qdrant_client", install="polyzoo-sea[qdrant]").QdrantClient
         if self._is_server:
             key = os.environ.get("QDRANT_API_KEY")
-            # The check is a request of its own that only prints a warning; a failing call says more.
+            # The check is a request of its own that only warns; a failing call says more.
             return client(
                 url=self.location, api_key=key, timeout=_TIMEOUT_SECONDS, check_compatibility=False
             )
@@ -228,6 +232,6 @@ class QdrantStore(VectorStore):
             if "already accessed" not in str(error):
                 raise
             raise LockedError(
-                f"{self.location} is in use by another process, and Qdrant's local mode allows one; "
-                "wait for it, or use a Qdrant server (--store-location http://HOST:6333)"
+                f"{self.location} is in use by another process, and Qdrant's local mode allows "
+                "one; wait for it, or use a Qdrant server (--store-location http://HOST:6333)"
             ) from error

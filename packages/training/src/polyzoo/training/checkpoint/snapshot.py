@@ -72,8 +72,12 @@ class Snapshots:
         self._check_identity(path, state.identity, identity)
         self.strategy.load_shards(reader, state.strategy)
         if self.ema:
+            stored = set(reader.names(EMA))
+            for master, average in zip(self.ema.masters, self.ema.averages, strict=True):
+                average.copy_(master.detach())
             for name, average in zip(self.ema.names, self.ema.averages, strict=True):
-                average.copy_(reader.tensor(EMA, name))
+                if name in stored:
+                    average.copy_(reader.tensor(EMA, name))
         return state
 
     def _shards(self) -> Iterator[Shard]:
@@ -94,7 +98,8 @@ class Snapshots:
 
     def _check_fit(self, path: Path, reader: FlatReader) -> None:
         """Compare names and shapes of everything the run holds with what the checkpoint holds."""
-        states = (MASTER, BUFFER, EMA)
+        # With accepted changes, an average may begin or end at a resume.
+        states = (MASTER, BUFFER) if self.config.accept_changes else (MASTER, BUFFER, EMA)
         here = {s.key: s.full_shape for s in self._shards() if s.state in states}
         there = {
             key: shape for key, shape in reader.shapes.items() if key.split("|", 1)[0] in states

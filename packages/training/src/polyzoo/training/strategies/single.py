@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyzoo.training.checkpoint.flat import BUFFER, MASTER, FlatReader, Shard, whole
+from polyzoo.core.log import get_logger
+from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.ema import Master
 from polyzoo.training.optim import ParamGroups, build_optimizer, set_learning_rate
 from polyzoo.training.precision import compute_dtype, forward_context, keep_masters_fp32
 from polyzoo.training.strategies.base import UpdateReport
+
+logger = get_logger(__name__)
 
 
 class SingleDevice:
@@ -123,7 +126,8 @@ class SingleDevice:
             for group in self.optimizer.param_groups
         ]
         scaler = self.scaler.state_dict() if self.scaler else {}
-        return {"scalars": scalars, "groups": groups, "scaler": scaler}
+        kind = type(self.optimizer).__name__
+        return {"optimizer": kind, "scalars": scalars, "groups": groups, "scaler": scaler}
 
     @torch.no_grad()
     def load_shards(self, reader: FlatReader, state: dict[str, Any]) -> None:
@@ -132,13 +136,21 @@ class SingleDevice:
             parameter.copy_(reader.tensor(MASTER, name))
         for name, value in self._buffers().items():
             value.copy_(reader.tensor(BUFFER, name))
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if state["optimizer"] != type(self.optimizer).__name__:
+            logger.warning("the optimizer was %s; its state starts anew", state["optimizer"])
+            return
+        self._load_optimizer(reader, state)
+
+    def _load_optimizer(self, reader: FlatReader, state: dict[str, Any]) -> None:
         own = self.optimizer.state_dict()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
         names = {parameter: name for name, parameter in self._trainable.items()}
         loaded: dict[int, dict[str, Any]] = {}
         for index, parameter in enumerate(order):
             name = names[parameter]
-            keys = [key for key in reader.states(name) if key not in (MASTER, BUFFER, "ema")]
+            keys = [key for key in reader.states(name) if key not in (MASTER, BUFFER, EMA)]
             entry = {key: reader.tensor(key, name) for key in keys}
             entry.update(state["scalars"].get(name, {}))
             if entry:
@@ -146,8 +158,6 @@ class SingleDevice:
         for group, values in zip(own["param_groups"], state["groups"], strict=True):
             group.update(values)
         self.optimizer.load_state_dict({"state": loaded, "param_groups": own["param_groups"]})
-        if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
 
     def _buffers(self) -> dict[str, Tensor]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))

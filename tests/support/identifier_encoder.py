@@ -1,7 +1,7 @@
 """A second, real implementation of the `Embedder` protocol: hashed identifiers, randomly projected.
 
-Texts that share words get similar vectors, which is all that the index's tests need. Its splitter cuts
-at every tenth line.
+Texts that share words get similar vectors, which is all that the index's tests need. Its splitter
+cuts at every tenth line.
 """
 
 from __future__ import annotations

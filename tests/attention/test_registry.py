@@ -133,11 +133,17 @@ class TestExplaining:
             {"mask": (6, 6), "bias": (6, 6)},
             {"dropout": 0.1},
             {"return_lse": True},
-            {"dtype": torch.float16, "device": "cuda"},
         ],
     )
     def test_shapes(self, options):
         assert served_by(**options) == "sdpa"
+
+    def test_a_gpu_that_may_be_missing(self):
+        capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        choice = explain(SHAPE, SHAPE, SHAPE, dtype=torch.float16, device="cuda")
+        assert choice.backend.name == ("triton" if capable else "sdpa")
+        if not torch.cuda.is_available():
+            assert "needs a GPU from sm_80 on, and there is none here" in choice.reasons[0]
 
     def test_meta_tensors_and_what_they_hold(self):
         q = torch.empty(1, 4, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
@@ -271,7 +277,7 @@ class TestCommands:
 
     def test_backends(self):
         table = list_backends(BackendsConfig())
-        assert [row.name for row in table.backends] == ["sdpa", "reference"]
+        assert [row.name for row in table.backends] == ["triton", "sdpa", "reference"]
         assert table.auto["cpu"] == ("sdpa", "reference")
         assert "n x m for every call" in render_backends(table)
         packed = explain_call(ExplainConfig(q="1,4,8,16", packed=True, kv_lens=False, causal=True))

@@ -247,6 +247,16 @@ def refusal(backend: Backend, request: Request) -> str | None:
 
 
 def _capability_problem(backend: Backend, device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        low, high = backend.min_cc, backend.max_cc
+        need = (
+            f"from sm_{low[0]}{low[1]} on"
+            if low
+            else f"up to sm_{high[0]}{high[1]}"
+            if high
+            else ""
+        )
+        return f"needs a GPU {need}, and there is none here to ask"
     have = torch.cuda.get_device_capability(device)
     this = f"this is {torch.cuda.get_device_name(device)} (sm_{have[0]}{have[1]})"
     if backend.min_cc is not None and have < backend.min_cc:

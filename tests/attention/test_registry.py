@@ -97,7 +97,8 @@ class TestChoosing:
         assert "ends at sm_10, this is " in refusal(old, asked)
 
     def test_falling_back_is_logged_once_per_reason(self, caplog: pytest.LogCaptureFixture):
-        sdpa, reference = backends()
+        by_name = {backend.name: backend for backend in backends()}
+        sdpa, reference = by_name["sdpa"], by_name["reference"]
         narrow = dataclasses.replace(sdpa, name="narrow", head_dims=lambda d: d == 64)
         with caplog.at_level(logging.WARNING, logger="polyzoo.attention"):
             assert pick([narrow, reference], request()).backend is narrow
@@ -117,7 +118,8 @@ class TestChoosing:
         lengths = CuSeqlens.from_lengths([1, 2])
         again = pickle.loads(pickle.dumps(lengths))
         assert again.q.tolist() == [0, 1, 3]
-        assert [b.name for b in pickle.loads(pickle.dumps(backends()))] == ["sdpa", "reference"]
+        names = [b.name for b in pickle.loads(pickle.dumps(backends()))]
+        assert names == ["triton", "sdpa", "reference"]
 
 
 class TestExplaining:
@@ -131,11 +133,17 @@ class TestExplaining:
             {"mask": (6, 6), "bias": (6, 6)},
             {"dropout": 0.1},
             {"return_lse": True},
-            {"dtype": torch.float16, "device": "cuda"},
         ],
     )
     def test_shapes(self, options):
         assert served_by(**options) == "sdpa"
+
+    def test_a_gpu_that_may_be_missing(self):
+        capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        choice = explain(SHAPE, SHAPE, SHAPE, dtype=torch.float16, device="cuda")
+        assert choice.backend.name == ("triton" if capable else "sdpa")
+        if not torch.cuda.is_available():
+            assert "needs a GPU from sm_80 on, and there is none here" in choice.reasons[0]
 
     def test_meta_tensors_and_what_they_hold(self):
         q = torch.empty(1, 4, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
@@ -269,7 +277,7 @@ class TestCommands:
 
     def test_backends(self):
         table = list_backends(BackendsConfig())
-        assert [row.name for row in table.backends] == ["sdpa", "reference"]
+        assert [row.name for row in table.backends] == ["triton", "sdpa", "reference"]
         assert table.auto["cpu"] == ("sdpa", "reference")
         assert "n x m for every call" in render_backends(table)
         packed = explain_call(ExplainConfig(q="1,4,8,16", packed=True, kv_lens=False, causal=True))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyzoo.attention import reference, sdpa
+from polyzoo.attention import reference, sdpa, triton
 from polyzoo.attention.features import BIT, FEATURES
 from polyzoo.attention.limits import MATRIX_LIMIT
 from polyzoo.attention.types import Call
@@ -58,6 +58,17 @@ class Backend:
 
 BACKENDS = (
     Backend(
+        name="triton",
+        summary="our Triton kernels: split head sizes, described masks, deterministic gradients",
+        forward=triton.forward,
+        devices=frozenset({"cuda"}),
+        min_cc=(8, 0),
+        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+        head_dims=triton.serves_head,
+        head_dims_text=f"multiples of 8 up to {triton.HEAD_DIM_LIMIT}",
+        available=triton.unavailable,
+    ),
+    Backend(
         name="sdpa",
         summary="torch's scaled_dot_product_attention and its packed kernels",
         forward=sdpa.forward,
@@ -72,7 +83,7 @@ BACKENDS = (
 )
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("sdpa", "reference"),
+    "cuda": ("triton", "sdpa", "reference"),
     "cpu": ("sdpa", "reference"),
 }
 """What `backend="auto"` tries, by device type."""
@@ -236,6 +247,16 @@ def refusal(backend: Backend, request: Request) -> str | None:
 
 
 def _capability_problem(backend: Backend, device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        low, high = backend.min_cc, backend.max_cc
+        need = (
+            f"from sm_{low[0]}{low[1]} on"
+            if low
+            else f"up to sm_{high[0]}{high[1]}"
+            if high
+            else ""
+        )
+        return f"needs a GPU {need}, and there is none here to ask"
     have = torch.cuda.get_device_capability(device)
     this = f"this is {torch.cuda.get_device_name(device)} (sm_{have[0]}{have[1]})"
     if backend.min_cc is not None and have < backend.min_cc:

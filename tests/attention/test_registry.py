@@ -110,6 +110,56 @@ class TestChoosing:
             "attention falls back to reference; narrow: head size 72 is not served (allowed: any)"
         ]
 
+    def test_auto_leaves_packed_calls_to_torch(self, caplog: pytest.LogCaptureFixture):
+        triton, *others = backends()
+        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+        dense = request(device=torch.device("cuda"), dtype=torch.bfloat16, features=BIT["backward"])
+        assert pick([capable, *others], dense).backend is capable
+        packed = dense._replace(features=dense.features | BIT["varlen"])
+        with caplog.at_level(logging.WARNING, logger="polyzoo.attention"):
+            choice = pick([capable, *others], packed)
+        assert choice.backend.name == "sdpa"
+        assert choice.reasons == (
+            "triton: by name only for packed calls: "
+            "torch's varlen_attn was faster than our padded call",
+            "reference: sdpa comes first",
+        )
+        assert not caplog.records, "a preference of ours is no falling back"
+        assert refusal(capable, packed) is None
+        assert pick([capable], packed, by_name=True).backend is capable
+
+    def test_auto_does_not_come_back_to_what_it_passed_over(self):
+        triton, *others = backends()
+        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+        huge = request(
+            device=torch.device("cuda"), features=BIT["varlen"] | BIT["relpos"], scores=1 << 40
+        )
+        choice = pick([capable, *others], huge)
+        assert choice.backend is None
+        assert choice.reasons[0].startswith("triton: by name only for packed calls: ")
+        assert [reason.split(":")[0] for reason in choice.reasons] == [
+            "triton",
+            "sdpa",
+            "reference",
+        ]
+        assert pick([capable], huge, by_name=True).backend is capable
+
+    def test_what_is_passed_over_is_served(self):
+        for backend in backends():
+            assert {feature for feature, _ in backend.by_name_only} <= backend.features
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about GPUs where there is none")
+    def test_capabilities_without_a_gpu(self):
+        asked = request(device=torch.device("cuda"))
+        kernel = dataclasses.replace(backends()[0], available=lambda: None)
+        assert refusal(kernel, asked) == (
+            "triton: needs a GPU from sm_80 on, and there is none here to ask"
+        )
+        old = dataclasses.replace(kernel, min_cc=None, max_cc=(8, 9))
+        assert refusal(old, asked) == (
+            "triton: needs a GPU up to sm_89, and there is none here to ask"
+        )
+
     def test_every_feature_has_a_bit(self):
         assert len(set(BIT.values())) == len(FEATURES)
         assert all(backend.features <= set(FEATURES) for backend in backends())
@@ -280,6 +330,8 @@ class TestCommands:
         assert [row.name for row in table.backends] == ["triton", "sdpa", "reference"]
         assert table.auto["cpu"] == ("sdpa", "reference")
         assert "n x m for every call" in render_backends(table)
+        assert [bool(row.by_name_only) for row in table.backends] == [True, False, False]
+        assert "  by name only for packed calls: torch's" in render_backends(table)
         packed = explain_call(ExplainConfig(q="1,4,8,16", packed=True, kv_lens=False, causal=True))
         assert packed.backend == "sdpa"
 

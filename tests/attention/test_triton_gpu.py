@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from polyzoo.attention import DecomposedBias, attention, explain
+from polyzoo.attention import CuSeqlens, DecomposedBias, attention, explain, use_backend
 from polyzoo.attention.kernels import launch_short
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import backward
@@ -22,8 +22,14 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
         reason="needs a CUDA device of sm_80 or newer",
     ),
+    # torch says so, once, where the first product of a backward pass runs in a thread of autograd
+    # that has not touched the GPU yet; it then sets the context itself, and results are right.
+    pytest.mark.filterwarnings(
+        "ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"
+    ),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PARTS = (slice(0, 60), slice(60, 100))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -213,6 +219,20 @@ def test_front_door_takes_it():
     assert (out.double() - wanted).abs().max() < 2e-2
     assert q.grad is not None
     assert k.grad is not None
+
+
+def test_packed_calls_by_name_only():
+    q, k, v = (t.detach() for t in make(1, 2, 100, 72))
+    lengths = CuSeqlens.from_lengths([60, 0, 40], device=DEVICE)
+    choice = explain(q, k, v, cu_seqlens=lengths)
+    assert choice.backend.name == "sdpa"
+    assert choice.reasons[0].startswith("triton: by name only for packed calls: ")
+    assert explain(q, k, v, cu_seqlens=lengths, backend="triton").backend.name == "triton"
+    with use_backend("triton"):
+        assert explain(q, k, v, cu_seqlens=lengths).backend.name == "triton"
+    out = attention(q, k, v, cu_seqlens=lengths, backend="triton")
+    alone = [attention(*(t[:, :, s] for t in (q, k, v)), backend="triton") for s in PARTS]
+    assert (out - torch.cat(alone, dim=2)).abs().max() < 1e-2
 
 
 def test_compiled_equals_eager():

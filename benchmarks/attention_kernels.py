@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -118,7 +119,9 @@ def packed(problem: Problem):
         k, v = (torch.cat([t[i, : lens[i]] for i in range(b)])[None] for t in (k, v))
         q = torch.cat([q[i, : lens[i]] for i in range(b)]) if square else q.reshape(-1, h, d)
     q, k, v = (t.reshape(-1, h, d).contiguous().requires_grad_() for t in (q, k, v))
-    window = {} if problem.left < 0 else {"window_size": (problem.left, problem.right)}
+    window: dict[str, Any] = (
+        {} if problem.left < 0 else {"window_size": (problem.left, problem.right)}
+    )
 
     def run():
         return varlen_attn(

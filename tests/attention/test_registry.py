@@ -16,6 +16,7 @@ import torch
 
 from polyzoo.attention import (
     Backend,
+    Choice,
     CuSeqlens,
     DecomposedBias,
     Request,
@@ -40,16 +41,19 @@ def request(**changes) -> Request:
     return Request(CPU, torch.float32, 64, 64, 0, 0)._replace(**changes)
 
 
+def name_of(choice: Choice) -> str:
+    return "nobody" if choice.backend is None else choice.backend.name
+
+
 def served_by(**options) -> str:
     """Name of the backend that would serve a call."""
-    choice = explain(SHAPE, SHAPE, SHAPE, **options)
-    return "nobody" if choice.backend is None else choice.backend.name
+    return name_of(explain(SHAPE, SHAPE, SHAPE, **options))
 
 
 class TestChoosing:
     def test_auto_takes_the_first_and_gives_a_line_for_every_other(self):
         choice = choose(request())
-        assert choice.backend.name == "sdpa"
+        assert name_of(choice) == "sdpa"
         assert choice.reasons == ("reference: sdpa comes first",)
         assert str(choice).splitlines()[0].startswith("sdpa: ")
 
@@ -93,8 +97,8 @@ class TestChoosing:
         asked = request(device=torch.device("cuda", 0))
         new = dataclasses.replace(backends()[0], min_cc=(99, 0))
         old = dataclasses.replace(backends()[0], max_cc=(1, 0))
-        assert "needs sm_990, this is " in refusal(new, asked)
-        assert "ends at sm_10, this is " in refusal(old, asked)
+        assert "needs sm_990, this is " in str(refusal(new, asked))
+        assert "ends at sm_10, this is " in str(refusal(old, asked))
 
     def test_falling_back_is_logged_once_per_reason(self, caplog: pytest.LogCaptureFixture):
         by_name = {backend.name: backend for backend in backends()}
@@ -118,7 +122,7 @@ class TestChoosing:
         packed = dense._replace(features=dense.features | BIT["varlen"])
         with caplog.at_level(logging.WARNING, logger="polyzoo.attention"):
             choice = pick([capable, *others], packed)
-        assert choice.backend.name == "sdpa"
+        assert name_of(choice) == "sdpa"
         assert choice.reasons == (
             "triton: by name only for packed calls: "
             "torch's varlen_attn was faster than our padded call",
@@ -191,7 +195,7 @@ class TestExplaining:
     def test_a_gpu_that_may_be_missing(self):
         capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         choice = explain(SHAPE, SHAPE, SHAPE, dtype=torch.float16, device="cuda")
-        assert choice.backend.name == ("triton" if capable else "sdpa")
+        assert name_of(choice) == ("triton" if capable else "sdpa")
         if not torch.cuda.is_available():
             assert "needs a GPU from sm_80 on, and there is none here" in choice.reasons[0]
 
@@ -199,9 +203,9 @@ class TestExplaining:
         q = torch.empty(1, 4, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
         k = torch.empty(1, 2, 6, 8, device="meta", dtype=torch.bfloat16)
         choice = explain(q, k, k, cu_seqlens=CuSeqlens.from_lengths([6]), device="cpu")
-        assert choice.backend.name == "sdpa"
+        assert name_of(choice) == "sdpa"
         bias = DecomposedBias(*(torch.empty(1, 4, 6, n, device="meta") for n in (2, 3)))
-        assert explain(q, k, k, bias=bias, device="cpu").backend.name == "sdpa"
+        assert name_of(explain(q, k, k, bias=bias, device="cpu")) == "sdpa"
 
     def test_nobody_serves_int8(self):
         choice = explain(SHAPE, SHAPE, SHAPE, precision="int8")
@@ -211,7 +215,7 @@ class TestExplaining:
 
     def test_the_matrix_rule(self):
         long = (1, 16, 1 << 14, 80)
-        assert explain(long, long, long).backend.name == "sdpa"
+        assert name_of(explain(long, long, long)) == "sdpa"
         parts = [torch.empty(1, 16, 1 << 14, 1 << 7, device="meta") for _ in range(2)]
         choice = explain(long, long, long, bias=DecomposedBias(*parts))
         assert choice.backend is None
@@ -226,13 +230,13 @@ class TestOverriding:
     def test_argument_context_environment(self, monkeypatch: pytest.MonkeyPatch):
         q = torch.zeros(SHAPE)
         monkeypatch.setenv("POLYZOO_ATTENTION", "reference")
-        assert explain(q, q, q).backend.name == "reference"
+        assert name_of(explain(q, q, q)) == "reference"
         with use_backend("sdpa"):
-            assert explain(q, q, q).backend.name == "sdpa"
-            assert explain(q, q, q, backend="reference").backend.name == "reference"
+            assert name_of(explain(q, q, q)) == "sdpa"
+            assert name_of(explain(q, q, q, backend="reference")) == "reference"
             with use_backend("auto"):
-                assert explain(q, q, q).backend.name == "sdpa"
-        assert explain(q, q, q).backend.name == "reference"
+                assert name_of(explain(q, q, q)) == "sdpa"
+        assert name_of(explain(q, q, q)) == "reference"
 
     def test_the_override_reaches_the_call(self):
         huge = [torch.zeros(1, 1, 1, 8).expand(1, 1, n, 8) for n in (1 << 15, 1 << 15, 1 << 15)]
@@ -270,7 +274,7 @@ class TestOverriding:
                 return served_by()
 
         async def both() -> list[str]:
-            return await asyncio.gather(work("reference"), work("sdpa"))
+            return list(await asyncio.gather(work("reference"), work("sdpa")))
 
         assert asyncio.run(both()) == ["reference", "sdpa"]
 

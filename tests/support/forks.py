@@ -16,15 +16,22 @@ from polyzoo.core.errors import PolyzooError
 class Fork:
     """Runs a function in a child that ends as the `polyzoo` command would."""
 
-    def __init__(self, function: Callable[[], object], stderr: Path) -> None:
+    def __init__(
+        self, function: Callable[[], object], stderr: Path, *, own_group: bool = False
+    ) -> None:
         self.stderr = stderr
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
+            if own_group:
+                os.setsid()
             os._exit(_ending(function, stderr))
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    def send_to_group(self, number: signal.Signals) -> None:
+        os.killpg(self.pid, number)
 
     @property
     def running(self) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from polyzoo.training import (
     Trainer,
     TrainResult,
 )
+from polyzoo.training.checkpoint.store import CheckpointStore
+from polyzoo.training.step import StepFn
 
 FEATURES = 6
 
@@ -68,6 +71,16 @@ def regression_step(model: nn.Module, batch: Mapping[str, Tensor], ctx: StepCont
     return StepOutput(loss=error.square().mean(), metrics={"worst": error.abs().max()})
 
 
+def slow(pause: float) -> StepFn:
+    """The same step, later."""
+
+    def step(model: nn.Module, batch: Mapping[str, Tensor], ctx: StepContext) -> StepOutput:
+        time.sleep(pause)
+        return regression_step(model, batch, ctx)
+
+    return step
+
+
 def mean_error(model: nn.Module, ctx: StepContext) -> dict[str, Tensor]:
     x = torch.randn(32, FEATURES, generator=torch.Generator().manual_seed(99))
     return {"error": (model(x).float() - x.sum(1)).square().mean()}
@@ -103,6 +116,16 @@ def logged(run_dir: Path, name: str = "loss", event: str = "train") -> list[tupl
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     chosen = [line for line in lines if line["event"] == event]
     return [(line["step"], line.get(name, line["metrics"].get(name))) for line in chosen]
+
+
+def steps_logged(run_dir: Path) -> int:
+    """Lines of metrics.jsonl, of a run that may not have begun."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def store_of(config: TrainConfig) -> CheckpointStore:
+    return CheckpointStore(Path(config.run_dir) / "checkpoints")
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:

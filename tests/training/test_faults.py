@@ -1,4 +1,4 @@
-"""What machines do to a run: kills, full disks, signals, two processes in one folder."""
+"""What machines do to a run: kills and full disks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from polyzoo.core.errors import LockedError
-from polyzoo.training import CheckpointConfig, DataConfig, TrainConfig
+from polyzoo.training import CheckpointConfig, DataConfig
 from polyzoo.training.checkpoint.store import CheckpointStore, find_fault
 from support.forks import Fork
 from support.runs import (
@@ -24,7 +23,9 @@ from support.runs import (
     checkpoint_folder,
     fit,
     logged,
-    regression_step,
+    slow,
+    steps_logged,
+    store_of,
     tiny_config,
 )
 
@@ -36,29 +37,12 @@ pytestmark = pytest.mark.filterwarnings(
 logger = logging.getLogger(__name__)
 
 
-def store_of(config: TrainConfig) -> CheckpointStore:
-    return CheckpointStore(Path(config.run_dir) / "checkpoints")
-
-
-def steps_logged(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.is_file() else 0
-
-
 def _has_saved_more(store: CheckpointStore, reached: int) -> bool:
     return store.steps()[-1:] > [reached]
 
 
 def _has_logged_more(run_dir: Path, done: int) -> bool:
     return steps_logged(run_dir) > min(done + 1, 10)
-
-
-def slow(pause: float):
-    def step(model, batch, ctx):
-        time.sleep(pause)
-        return regression_step(model, batch, ctx)
-
-    return step
 
 
 def test_killed_while_saving_again_and_again_the_run_always_resumes(tmp_path, request) -> None:
@@ -157,43 +141,3 @@ def test_a_full_disk_keeps_the_old_checkpoint(left, small_disk, tmp_path) -> Non
     assert find_fault(checkpoint_folder(small_disk / "run", 2)) is None
     (small_disk / "ballast").unlink()
     assert fit(config).step == 5
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_exits_75_and_resuming_equals_never_stopping(number, tmp_path) -> None:
-    config = tiny_config(tmp_path / "whole", steps=8, data=DataConfig(workers=1))
-    fit(config)
-    stopped = dataclasses.replace(
-        config, run_dir=tmp_path / "run", checkpoint=CheckpointConfig(every=1000)
-    )
-    child = Fork(lambda: fit(stopped, step_fn=slow(0.1)), tmp_path / "stderr")
-    child.until(lambda: steps_logged(tmp_path / "run") >= 2)
-    with pytest.raises(LockedError, match=rf"in use by process {child.pid} \(training\)"):
-        fit(stopped)
-    child.send(number)
-    assert child.wait() == 75, child.errors()
-    at = store_of(stopped).steps()[-1]
-    assert 2 <= at < 8
-    assert child.errors() == (
-        f"stopped by {number.name} after step {at} of 8, which is saved; the same command resumes\n"
-    )
-    assert fit(stopped).interrupted
-    assert_same_run(tmp_path / "whole", tmp_path / "run", 8)
-
-
-def test_a_second_ctrl_c_aborts_at_once(tmp_path) -> None:
-    config = tiny_config(tmp_path / "run", checkpoint=CheckpointConfig(every=1000))
-    child = Fork(lambda: fit(config, step_fn=slow(0.5)), tmp_path / "stderr")
-    child.until(lambda: steps_logged(tmp_path / "run") >= 1)
-    child.send(signal.SIGINT)
-    time.sleep(0.1)
-    child.send(signal.SIGINT)
-    assert child.wait() == 130
-    assert store_of(config).steps() == []
-
-
-def test_handlers_come_back(tmp_path) -> None:
-    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in asking]
-    fit(tiny_config(tmp_path, steps=1))
-    assert [signal.getsignal(number) for number in asking] == before

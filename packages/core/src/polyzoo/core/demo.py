@@ -119,6 +119,7 @@ pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consola
 pre .row { display: block; padding: 0 .9rem; white-space: pre; min-width: max-content }
 pre .row.best { background: var(--mark); box-shadow: inset 3px 0 var(--edge) }
 pre .number { display: inline-block; width: 3.2em; color: var(--soft); user-select: none }
+summary { cursor: pointer } h3 { margin: 1.6rem 0 0; color: var(--soft) }
 .hit { border-top: 1px solid var(--line); padding: .7rem 0 } .hit:first-of-type { border: 0 }
 .where { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .88rem }
 .score { color: var(--soft); font-size: .85rem; margin-left: .6rem }

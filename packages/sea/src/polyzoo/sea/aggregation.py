@@ -1,4 +1,4 @@
-"""Block vectors to one vector per function: every variant of sea.md section 5, segment-wise.
+"""Block vectors to one vector per function: the published variants and ours, segment-wise.
 
 The entries of all functions lie end to end, each function a segment; softmax and sums work per
 segment, so there is no loop over functions and no padding to a common block count.

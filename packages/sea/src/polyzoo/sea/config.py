@@ -27,7 +27,7 @@ Raw = Literal["mean", "max", "whole"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitConfig:
-    """How source text becomes blocks (sea.md section 3)."""
+    """How source text becomes blocks."""
 
     kind: Splitter = "ast"
     """ast: at statement borders; line, token, space: windows of that many items."""
@@ -93,7 +93,7 @@ class SeaConfig:
     """Scale every vector to length 1."""
     split: SplitConfig = field(default_factory=SplitConfig)
     aggregator: Aggregator = "attn1_mean"
-    """How block vectors become one vector per function (sea.md section 5)."""
+    """How block vectors become one vector per function (README: Aggregation)."""
     raw: Raw = "mean"
     """What *_mean and *_sum add to the attention: mean or maximum of entries, or the whole."""
     include_whole: bool = True

@@ -1,4 +1,4 @@
-"""Protocols: who competes with whom, and how ties and cut-offs are counted (sea.md section 6.2).
+"""Protocols: who competes with whom, and how ties and cut-offs are counted (README: Evaluation).
 
 Every candidate is treated alike: its vector does not depend on whether it is an answer. The one
 exception is the protocol named `released`, which repeats the published procedure with its faults.

@@ -94,7 +94,7 @@ class FusedEncoder:
             self.pooler = self._linear(parts.pooler.dense) if pooling == "pooler" else None
         self.gelu: Gelu = gelu
         self._add_norm: Callable[[Tensor, Tensor, _Norm], Tensor] = (
-            # Not dynamic=True: only the number of tokens changes, and a known width halves the time.
+            # Not dynamic=True: only the token count changes, and a known width halves the time.
             torch.compile(_add_norm) if compile else _add_norm
         )
 

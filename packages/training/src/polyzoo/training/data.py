@@ -24,6 +24,7 @@ from polyzoo.training.loader import (
     take_as_is,
 )
 from polyzoo.training.movement import to_device
+from polyzoo.training.signals import held_back
 
 logger = get_logger(__name__)
 
@@ -167,7 +168,9 @@ class DataStream:
             # Its own generator: starting the loader must not draw from the training's random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
-        return iter(loader)
+        # A signal that falls between a worker's start and its settling would end it.
+        with held_back():
+            return iter(loader)
 
 
 class _Positions:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import ctypes
 import hashlib
+import multiprocessing
+import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -143,16 +146,44 @@ def take_as_is(batch: Any) -> Any:
 
 
 def settle_worker(worker: int) -> None:
-    """Make a loader process leave signals to the training process, and die with it."""
+    """Make a loader process leave signals to the training process, and die with it.
+
+    Terminals, `timeout` and Slurm signal the whole process group, but the step in flight still
+    needs its data. The worker was started under `signals.held_back`, so nothing has come through.
+    """
     del worker
-    # A terminal sends Ctrl-C to the whole group; the step in flight still needs its data.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGUSR1))
+    _end_when_the_parent_asks()
     if sys.platform == "linux":
         # An orphan would hold the run folder's lock for seconds after its parent was killed.
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _end_when_the_parent_asks() -> None:
+    """Heed SIGTERM from the training process alone.
+
+    It is how torch ends a worker that is stuck, and how Python ends those left at exit: were it
+    ignored, the exit would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
+        # Without sigwaitinfo (macOS) senders cannot be told apart; a worker must stay mortal.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+        return
+    asker = parent.pid
+
+    def wait() -> None:
+        # SIGTERM stays blocked in every thread, so that it comes here and nowhere else.
+        while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != asker:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    threading.Thread(target=wait, name="ending", daemon=True).start()
 
 
 def _announce_epoch(dataset: Any, epoch: int) -> None:

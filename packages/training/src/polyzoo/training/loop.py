@@ -75,15 +75,15 @@ class Loop:
         """Train.
 
         Raises:
-            Interrupted: A signal came; the step was finished and saved.
+            Interrupted: A signal came; the step in flight was finished, and the run saved.
             TrainingError: The run cannot go on; the last checkpoint is intact.
         """
         while True:
-            stopping = self.stop.requested
-            if self._evaluation_is_due and not stopping:
+            if self._evaluation_is_due and not self.stop.requested:
                 self._evaluate()
+            stopping = self.stop.requested
             if self._checkpoint_is_due or stopping:
-                self._save()
+                self._save(stopping)
             if stopping:
                 raise Interrupted(
                     f"stopped by {self.stop.name} after step {self.counters.step} of "
@@ -91,15 +91,35 @@ class Loop:
                 )
             if self.counters.step >= self.total_steps:
                 return
-            self._step()
+            batches = self._fetch()
+            if batches is None:
+                continue
+            self._step(batches)
             if self._report_is_due:
                 self._report()
 
-    def _step(self) -> None:
-        """Take one optimizer step; nothing in here waits for the device."""
+    def _fetch(self) -> list[Batch] | None:
+        """Wait for the data of a step; None if a signal has come: no further step begins then."""
+        if self.stop.requested:
+            return None
+        position = self.data.position
         started = time.perf_counter()
-        batches = self.data.take(self.config.grad_accum)
+        try:
+            batches = self.data.take(self.config.grad_accum)
+        except Exception as error:
+            # What asks this process to stop may have taken from it what the data needs.
+            if not self.stop.requested:
+                raise
+            logger.warning("the data of the next step failed after %s: %s", self.stop.name, error)
+            return None
         self._clock.waited += time.perf_counter() - started
+        if self.stop.requested:
+            self.data.position = position
+            return None
+        return batches
+
+    def _step(self, batches: list[Batch]) -> None:
+        """Take one optimizer step; nothing in here waits for the device."""
         weigher = Weigher(len(batches))
         outputs: list[StepOutput] = []
         for index, batch in enumerate(batches):
@@ -177,11 +197,11 @@ class Loop:
             metrics = self.evaluator.run(self.counters)
         self.log.evaluation(step=self.counters.step, metrics=metrics)
 
-    def _save(self) -> None:
+    def _save(self, stopping: bool) -> None:
         """Save the run at this step; never a run whose numbers have gone bad."""
         self._read_window()
         with self._clock.paused():
-            if self.stop.requested:
+            if stopping:
                 self.counters.interruptions += 1
             self.snapshots.save(self._state())
         self._saved_step = self.counters.step

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -47,3 +49,18 @@ class StopRequest:
         if number == signal.SIGINT and self.name == signal.SIGINT.name:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Let the asking signals wait until the end of the block; processes it starts keep waiting.
+
+    Example:
+        >>> with held_back():
+        ...     process.start()
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -133,7 +133,7 @@ def test_devices():
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("expanded", [False, True])
 def test_large_tensors_with_strided_channels(name: str, expanded: bool):
-    tensors = {part: t(1, 8, 600, 64) for part in "qkv"}
+    tensors: dict[str, Any] = {part: t(1, 8, 600, 64) for part in "qkv"}
     turned = t(1, 8, 64, 600).transpose(2, 3)
     tensors[name] = t(1, 8, 600, 1).expand(1, 8, 600, 64) if expanded else turned
     with pytest.raises(ValueError, match=rf"{name} has stride .*Call {name}\.contiguous\(\) first"):
@@ -164,7 +164,7 @@ def test_cu_seqlens(fields: tuple[Any, ...], message: str):
     ("name", "value"),
     [("kv_lens", starts(6)), ("mask", t(6, 6, dtype=torch.bool)), ("bias", t(6, 6))],
 )
-def test_cu_seqlens_stand_alone(name: str, value: torch.Tensor):
+def test_cu_seqlens_stand_alone(name: str, value: Any):
     with pytest.raises(ValueError, match=f"cu_seqlens cannot be combined with {name}"):
         attention(PACKED, PACKED, PACKED, cu_seqlens=LENGTHS, **{name: value})
 

@@ -63,7 +63,7 @@ def test_other_lengths_need_no_other_graph():
         return graph.forward
 
     compiled = torch.compile(
-        lambda *t: attention(*t), fullgraph=True, backend=counting, dynamic=True
+        lambda q, k, v: attention(q, k, v), fullgraph=True, backend=counting, dynamic=True
     )
     for n in (20, 21, 33):
         q, k, v = (t.detach() for t in tensors(n))

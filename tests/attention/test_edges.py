@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,14 +37,18 @@ def leaves(
     ],
     ids=["mask", "full mask", "kv_lens", "bias", "causal kv_lens"],
 )
-def test_rows_that_see_nothing(dead, backend: str, device: str):
+def test_rows_that_see_nothing(dead: dict[str, Any], backend: str, device: str):
     q, k, v = leaves(device, (2, 2, 6, 8), (2, 2, 5, 8), (2, 2, 5, 8))
-    dead = {n: a.to(device) if isinstance(a, Tensor) else a for n, a in dead.items()}
-    out, lse = attention(q, k, v, **dead, return_lse=True, backend=backend)
+    rule: dict[str, Any] = {
+        n: a.to(device) if isinstance(a, Tensor) else a for n, a in dead.items()
+    }
+    out, lse = attention(q, k, v, **rule, return_lse=True, backend=backend)
     out.backward(torch.ones_like(out))
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.isneginf(lse).all()
-    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in (q, k, v))
+    for leaf in (q, k, v):
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
 @BACKENDS
@@ -67,6 +73,7 @@ def test_more_queries_than_keys_under_causal(backend: str, device: str):
     out.sum().backward()
     assert torch.isneginf(lse[0, 0, :2]).all()
     assert not out[0, 0, :2].any()
+    assert q.grad is not None
     assert not q.grad[0, 0, :2].any()
     torch.testing.assert_close(out[0, 0, 2], v[0, 0, 0])  # the first living row sees one key
 
@@ -87,13 +94,14 @@ def test_any_head_size(d: int, backend: str, device: str):
 @pytest.mark.parametrize("rows", ["mask", "kv_lens"])
 def test_large_logits_in_fp16(rows: str, backend: str, device: str):
     q, k, v = leaves(device, (1, 2, 6, 64), (1, 2, 9, 64), (1, 2, 9, 64), dtype=torch.float16)
-    options = {
+    options: dict[str, Any] = {
         "mask": {"mask": torch.ones(6, 9, dtype=torch.bool, device=device)},
         "kv_lens": {"kv_lens": torch.tensor([8], device=device)},
     }[rows]
     out = attention(q * 100, k * 100, v, scale=1.0, **options, backend=backend)
     out.sum().backward()
     for tensor in (out, q.grad, k.grad, v.grad):
+        assert tensor is not None
         assert torch.isfinite(tensor).all()
 
 
@@ -112,7 +120,9 @@ def test_garbage_in_padding_stays_there(
     out = attention(q, *dirty, kv_lens=kv_lens, backend=backend)
     torch.testing.assert_close(out, clean)
     out.sum().backward()
-    assert all(torch.isfinite(leaf.grad).all() for leaf in (q, *dirty))
+    for leaf in (q, *dirty):
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
 
 
 @BACKENDS

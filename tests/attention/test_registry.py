@@ -16,6 +16,7 @@ import torch
 
 from polyzoo.attention import (
     Backend,
+    Choice,
     CuSeqlens,
     DecomposedBias,
     Request,
@@ -40,16 +41,19 @@ def request(**changes) -> Request:
     return Request(CPU, torch.float32, 64, 64, 0, 0)._replace(**changes)
 
 
+def name_of(choice: Choice) -> str:
+    return "nobody" if choice.backend is None else choice.backend.name
+
+
 def served_by(**options) -> str:
     """Name of the backend that would serve a call."""
-    choice = explain(SHAPE, SHAPE, SHAPE, **options)
-    return "nobody" if choice.backend is None else choice.backend.name
+    return name_of(explain(SHAPE, SHAPE, SHAPE, **options))
 
 
 class TestChoosing:
     def test_auto_takes_the_first_and_gives_a_line_for_every_other(self):
         choice = choose(request())
-        assert choice.backend.name == "sdpa"
+        assert name_of(choice) == "sdpa"
         assert choice.reasons == ("reference: sdpa comes first",)
         assert str(choice).splitlines()[0].startswith("sdpa: ")
 
@@ -93,11 +97,12 @@ class TestChoosing:
         asked = request(device=torch.device("cuda", 0))
         new = dataclasses.replace(backends()[0], min_cc=(99, 0))
         old = dataclasses.replace(backends()[0], max_cc=(1, 0))
-        assert "needs sm_990, this is " in refusal(new, asked)
-        assert "ends at sm_10, this is " in refusal(old, asked)
+        assert "needs sm_990, this is " in str(refusal(new, asked))
+        assert "ends at sm_10, this is " in str(refusal(old, asked))
 
     def test_falling_back_is_logged_once_per_reason(self, caplog: pytest.LogCaptureFixture):
-        sdpa, reference = backends()
+        by_name = {backend.name: backend for backend in backends()}
+        sdpa, reference = by_name["sdpa"], by_name["reference"]
         narrow = dataclasses.replace(sdpa, name="narrow", head_dims=lambda d: d == 64)
         with caplog.at_level(logging.WARNING, logger="polyzoo.attention"):
             assert pick([narrow, reference], request()).backend is narrow
@@ -109,6 +114,56 @@ class TestChoosing:
             "attention falls back to reference; narrow: head size 72 is not served (allowed: any)"
         ]
 
+    def test_auto_leaves_packed_calls_to_torch(self, caplog: pytest.LogCaptureFixture):
+        triton, *others = backends()
+        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+        dense = request(device=torch.device("cuda"), dtype=torch.bfloat16, features=BIT["backward"])
+        assert pick([capable, *others], dense).backend is capable
+        packed = dense._replace(features=dense.features | BIT["varlen"])
+        with caplog.at_level(logging.WARNING, logger="polyzoo.attention"):
+            choice = pick([capable, *others], packed)
+        assert name_of(choice) == "sdpa"
+        assert choice.reasons == (
+            "triton: by name only for packed calls: "
+            "torch's varlen_attn was faster than our padded call",
+            "reference: sdpa comes first",
+        )
+        assert not caplog.records, "a preference of ours is no falling back"
+        assert refusal(capable, packed) is None
+        assert pick([capable], packed, by_name=True).backend is capable
+
+    def test_auto_does_not_come_back_to_what_it_passed_over(self):
+        triton, *others = backends()
+        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+        huge = request(
+            device=torch.device("cuda"), features=BIT["varlen"] | BIT["relpos"], scores=1 << 40
+        )
+        choice = pick([capable, *others], huge)
+        assert choice.backend is None
+        assert choice.reasons[0].startswith("triton: by name only for packed calls: ")
+        assert [reason.split(":")[0] for reason in choice.reasons] == [
+            "triton",
+            "sdpa",
+            "reference",
+        ]
+        assert pick([capable], huge, by_name=True).backend is capable
+
+    def test_what_is_passed_over_is_served(self):
+        for backend in backends():
+            assert {feature for feature, _ in backend.by_name_only} <= backend.features
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about GPUs where there is none")
+    def test_capabilities_without_a_gpu(self):
+        asked = request(device=torch.device("cuda"))
+        kernel = dataclasses.replace(backends()[0], available=lambda: None)
+        assert refusal(kernel, asked) == (
+            "triton: needs a GPU from sm_80 on, and there is none here to ask"
+        )
+        old = dataclasses.replace(kernel, min_cc=None, max_cc=(8, 9))
+        assert refusal(old, asked) == (
+            "triton: needs a GPU up to sm_89, and there is none here to ask"
+        )
+
     def test_every_feature_has_a_bit(self):
         assert len(set(BIT.values())) == len(FEATURES)
         assert all(backend.features <= set(FEATURES) for backend in backends())
@@ -117,7 +172,8 @@ class TestChoosing:
         lengths = CuSeqlens.from_lengths([1, 2])
         again = pickle.loads(pickle.dumps(lengths))
         assert again.q.tolist() == [0, 1, 3]
-        assert [b.name for b in pickle.loads(pickle.dumps(backends()))] == ["sdpa", "reference"]
+        names = [b.name for b in pickle.loads(pickle.dumps(backends()))]
+        assert names == ["triton", "sdpa", "reference"]
 
 
 class TestExplaining:
@@ -131,19 +187,25 @@ class TestExplaining:
             {"mask": (6, 6), "bias": (6, 6)},
             {"dropout": 0.1},
             {"return_lse": True},
-            {"dtype": torch.float16, "device": "cuda"},
         ],
     )
     def test_shapes(self, options):
         assert served_by(**options) == "sdpa"
 
+    def test_a_gpu_that_may_be_missing(self):
+        capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        choice = explain(SHAPE, SHAPE, SHAPE, dtype=torch.float16, device="cuda")
+        assert name_of(choice) == ("triton" if capable else "sdpa")
+        if not torch.cuda.is_available():
+            assert "needs a GPU from sm_80 on, and there is none here" in choice.reasons[0]
+
     def test_meta_tensors_and_what_they_hold(self):
         q = torch.empty(1, 4, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
         k = torch.empty(1, 2, 6, 8, device="meta", dtype=torch.bfloat16)
         choice = explain(q, k, k, cu_seqlens=CuSeqlens.from_lengths([6]), device="cpu")
-        assert choice.backend.name == "sdpa"
+        assert name_of(choice) == "sdpa"
         bias = DecomposedBias(*(torch.empty(1, 4, 6, n, device="meta") for n in (2, 3)))
-        assert explain(q, k, k, bias=bias, device="cpu").backend.name == "sdpa"
+        assert name_of(explain(q, k, k, bias=bias, device="cpu")) == "sdpa"
 
     def test_nobody_serves_int8(self):
         choice = explain(SHAPE, SHAPE, SHAPE, precision="int8")
@@ -153,7 +215,7 @@ class TestExplaining:
 
     def test_the_matrix_rule(self):
         long = (1, 16, 1 << 14, 80)
-        assert explain(long, long, long).backend.name == "sdpa"
+        assert name_of(explain(long, long, long)) == "sdpa"
         parts = [torch.empty(1, 16, 1 << 14, 1 << 7, device="meta") for _ in range(2)]
         choice = explain(long, long, long, bias=DecomposedBias(*parts))
         assert choice.backend is None
@@ -168,13 +230,13 @@ class TestOverriding:
     def test_argument_context_environment(self, monkeypatch: pytest.MonkeyPatch):
         q = torch.zeros(SHAPE)
         monkeypatch.setenv("POLYZOO_ATTENTION", "reference")
-        assert explain(q, q, q).backend.name == "reference"
+        assert name_of(explain(q, q, q)) == "reference"
         with use_backend("sdpa"):
-            assert explain(q, q, q).backend.name == "sdpa"
-            assert explain(q, q, q, backend="reference").backend.name == "reference"
+            assert name_of(explain(q, q, q)) == "sdpa"
+            assert name_of(explain(q, q, q, backend="reference")) == "reference"
             with use_backend("auto"):
-                assert explain(q, q, q).backend.name == "sdpa"
-        assert explain(q, q, q).backend.name == "reference"
+                assert name_of(explain(q, q, q)) == "sdpa"
+        assert name_of(explain(q, q, q)) == "reference"
 
     def test_the_override_reaches_the_call(self):
         huge = [torch.zeros(1, 1, 1, 8).expand(1, 1, n, 8) for n in (1 << 15, 1 << 15, 1 << 15)]
@@ -212,7 +274,7 @@ class TestOverriding:
                 return served_by()
 
         async def both() -> list[str]:
-            return await asyncio.gather(work("reference"), work("sdpa"))
+            return list(await asyncio.gather(work("reference"), work("sdpa")))
 
         assert asyncio.run(both()) == ["reference", "sdpa"]
 
@@ -269,9 +331,11 @@ class TestCommands:
 
     def test_backends(self):
         table = list_backends(BackendsConfig())
-        assert [row.name for row in table.backends] == ["sdpa", "reference"]
+        assert [row.name for row in table.backends] == ["triton", "sdpa", "reference"]
         assert table.auto["cpu"] == ("sdpa", "reference")
         assert "n x m for every call" in render_backends(table)
+        assert [bool(row.by_name_only) for row in table.backends] == [True, False, False]
+        assert "  by name only for packed calls: torch's" in render_backends(table)
         packed = explain_call(ExplainConfig(q="1,4,8,16", packed=True, kv_lens=False, causal=True))
         assert packed.backend == "sdpa"
 

@@ -243,7 +243,8 @@ class Layer(nn.Module):
     is_causal = True
 
 
-QKV = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
+Q, K, V = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
+QKV = (Q, K, V)
 
 
 class TestArguments:
@@ -299,7 +300,7 @@ class TestArguments:
         given = None if kind == "bias" else mask
         added = bias if kind != "float mask" else None
         out, _ = hook.attention_forward(Layer(), *QKV, given, position_bias=added, is_causal=False)
-        total = sum(part for part in (given, added) if part is not None)
+        total = {"float mask": mask, "both": mask + bias, "bias": bias}[kind]
         expected = nn.functional.scaled_dot_product_attention(*QKV, attn_mask=total)
         torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 

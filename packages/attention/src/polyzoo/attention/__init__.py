@@ -11,9 +11,9 @@ from polyzoo.core.lazy import attach
 
 if TYPE_CHECKING:
     from polyzoo.attention.api import attention as attention
+    from polyzoo.attention.backend import Backend as Backend
     from polyzoo.attention.explaining import explain as explain
     from polyzoo.attention.merge import merge_states as merge_states
-    from polyzoo.attention.registry import Backend as Backend
     from polyzoo.attention.registry import Choice as Choice
     from polyzoo.attention.registry import Request as Request
     from polyzoo.attention.registry import backends as backends
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "Backend": ".registry",
+        "Backend": ".backend",
         "Choice": ".registry",
         "CuSeqlens": ".types",
         "DecomposedBias": ".types",

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from polyzoo.attention.backend import Backend
 from polyzoo.attention.cli import BackendsConfig, ExplainConfig
 from polyzoo.attention.explaining import explain
 from polyzoo.attention.features import FEATURES
-from polyzoo.attention.registry import AUTO_ORDER, Backend, backends
+from polyzoo.attention.registry import AUTO_ORDER, backends
 from polyzoo.attention.types import CuSeqlens, DecomposedBias
 from polyzoo.core.errors import UsageError
 
@@ -49,6 +50,8 @@ class Row:
     features: tuple[str, ...]
     n_by_m_for: tuple[str, ...]
     """Calls for which it holds an n x m matrix."""
+    by_name_only: tuple[str, ...]
+    """Calls for which `auto` passes it over, and why."""
     unavailable: str | None
     """Why it cannot run here."""
 
@@ -140,6 +143,7 @@ def render_backends(table: Table) -> str:
             f"  lacks     {', '.join(missing) or 'nothing'}",
             f"  n x m for {', '.join(row.n_by_m_for).replace('always', 'every call') or 'nothing'}",
         ]
+        lines += [f"  by name only for {why}" for why in row.by_name_only]
         if row.unavailable is not None:
             lines.append(f"  not here: {row.unavailable}")
     lines += [f"auto on {device}: {', '.join(names)}" for device, names in table.auto.items()]
@@ -155,6 +159,7 @@ def _row(backend: Backend) -> Row:
         head_dims=backend.head_dims_text,
         features=tuple(name for name in FEATURES if name in backend.features),
         n_by_m_for=tuple(sorted(backend.matrix_for)),
+        by_name_only=tuple(why for _, why in backend.by_name_only),
         unavailable=backend.available(),
     )
 

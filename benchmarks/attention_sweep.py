@@ -1,0 +1,158 @@
+"""Time tile sizes of the Triton kernels on this GPU; prints JSON lines, best first per case.
+
+    python benchmarks/attention_sweep.py --out sweep.json --workers 14
+
+Workers first compile everything in parallel (the disk cache of Triton is shared), then one process
+times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from attention_cases import BY_NAME, CASES, median_ms
+from polyzoo.attention.kernels.launch import forward
+from polyzoo.attention.kernels.launch_backward import Wanted, backward
+from polyzoo.attention.kernels.launch_decode import decode
+from polyzoo.attention.kernels.tuning import TileConfig
+
+FORWARD = [
+    (64, 32, 4, 3, False), (64, 64, 4, 2, False), (64, 64, 4, 3, False), (128, 32, 4, 3, False),
+    (128, 64, 8, 2, False), (128, 64, 8, 3, False), (128, 64, 4, 3, False),
+    (128, 128, 8, 2, False), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 64, 4, 4, True),
+    (128, 64, 4, 3, True), (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 4, True),
+    (128, 128, 8, 2, True), (128, 128, 8, 3, True),
+]  # fmt: skip
+FORWARD_SMALL = [
+    (16, 64, 4, 2, False), (32, 32, 4, 2, False), (32, 64, 4, 2, False), (32, 128, 4, 2, False),
+]  # fmt: skip
+BACKWARD_KV = [
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2),
+    (32, 64, 4, 3), (32, 128, 8, 2), (32, 128, 8, 3),
+]  # fmt: skip
+BACKWARD_Q = [
+    (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2),
+    (128, 32, 8, 3), (64, 32, 4, 3), (128, 128, 8, 2),
+]  # fmt: skip
+DECODE = [
+    (16, bn, warps, stages, splits)
+    for bn in (64, 128)
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+    for splits in (4, 8, 16)
+]
+
+
+def jobs(names):
+    """Every (case, kind, sizes)."""
+    for name in names:
+        case = BY_NAME[name]
+        if name == "L2":
+            yield from ((name, "decode", sizes) for sizes in DECODE)
+            continue
+        small = name in ("Q1a", "Q1b")
+        sizes_forward = FORWARD_SMALL + FORWARD[:4] if small else FORWARD
+        for sizes in sizes_forward:
+            if not (sizes[4] and name in ("S1", "S2", "P3a", "P3b", "R1")):
+                yield name, "forward", sizes
+        if case.backward and name != "D1":
+            yield from ((name, "backward_kv", sizes) for sizes in BACKWARD_KV)
+            yield from ((name, "backward_q", sizes) for sizes in BACKWARD_Q)
+            if name in ("P1", "L1", "S1"):
+                yield from ((name, "quick_kv", sizes) for sizes in BACKWARD_KV[:5])
+                yield from ((name, "quick_q", sizes) for sizes in BACKWARD_Q[:6])
+
+
+def runner(kind, sizes, problem, state):
+    """A function that launches once."""
+    if kind == "decode":
+        config = TileConfig(*sizes[:4])
+        return lambda: decode(problem, config=config, splits=sizes[4])
+    config = TileConfig(*sizes)
+    if kind == "forward":
+        return lambda: forward(problem, config=config)
+    out, lse, dout = state
+    careful = kind.startswith("backward")
+    if kind.endswith("kv"):
+        wanted = Wanted(q=False, bias=False)
+        return lambda: backward(
+            problem, out, lse, dout, wanted=wanted, config_kv=config, careful=careful
+        )
+    wanted = Wanted(kv=False, bias=False)
+    return lambda: backward(
+        problem, out, lse, dout, wanted=wanted, config_q=config, careful=careful
+    )
+
+
+def each(wanted):
+    """Yield runners, building every case once."""
+    last, problem, state = None, None, None
+    for name, kind, sizes in wanted:
+        if name != last:
+            torch.manual_seed(0)
+            problem = BY_NAME[name].build()
+            out, lse = forward(problem)
+            state, last = (out, lse, torch.randn_like(out)), name
+        yield name, kind, sizes, runner(kind, sizes, problem, state)
+
+
+def compile_share(share):
+    """Launch every job of a share once."""
+    for _, _, _, run in each(share):
+        try:
+            run()
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+
+
+def main() -> None:
+    """Compile in parallel, then time."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--cases", default=",".join(case.name for case in CASES))
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds of timing")
+    options = parser.parse_args()
+    wanted = list(jobs(options.cases.split(",")))
+    context = multiprocessing.get_context("spawn")
+    began = time.time()
+    shares = [wanted[i :: options.workers] for i in range(options.workers)]
+    processes = [context.Process(target=compile_share, args=(share,)) for share in shares]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    print(f"compiled {len(wanted)} in {time.time() - began:.0f} s", file=sys.stderr)
+    rows = []
+    began = time.time()
+    for name, kind, sizes, run in each(wanted):
+        if time.time() - began > options.budget:
+            print(f"stopped at {name} {kind}", file=sys.stderr)
+            break
+        try:
+            ms = median_ms(run, target_ms=15.0)
+        except Exception as error:
+            ms = float("nan")
+            print(f"{name} {kind} {sizes}: {str(error)[:100]}", file=sys.stderr)
+        rows.append({"case": name, "kind": kind, "sizes": sizes, "ms": round(ms, 5)})
+    options.out.write_text("\n".join(json.dumps(row) for row in rows))
+    for name in options.cases.split(","):
+        for kind in ("forward", "backward_kv", "backward_q", "quick_kv", "quick_q", "decode"):
+            best = sorted(
+                (r for r in rows if (r["case"], r["kind"]) == (name, kind) and r["ms"] == r["ms"]),
+                key=lambda row: row["ms"],
+            )[:3]
+            if best:
+                print(name, kind, *(f"{r['ms']:.4f} {tuple(r['sizes'])}" for r in best), sep=" | ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Compile a kernel of polyzoo.attention for a GPU that need not be there, and read the result."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+FLOATS = {"scale", "keep_scale", "true_scale"}
+STATISTICS = {"Lse", "Delta", "Part", "PartLse"}
+INTEGERS = {"KvLens": "*i32", "CuQ": "*i32", "CuK": "*i32", "Schedule": "*i32", "Rng": "*i64"}
+OPTIONAL = {
+    "Bias", "Mask", "RelH", "RelW", "DRelH", "DRelW", "Index", "Counts", "KvLens", "CuQ", "CuK",
+    "Schedule", "Rng",
+}  # fmt: skip
+LISTS = {"Index": "*i32", "Counts": "*i32", "Mask": "*u8"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas made of a kernel."""
+
+    registers: int
+    spilled: int
+    """Bytes of local memory a thread."""
+    shared: int
+    """Bytes of shared memory a program."""
+    instructions: Counter[str]
+
+    @property
+    def matrix_products(self) -> int:
+        """Tensor-core instructions."""
+        return sum(self.instructions[name] for name in ("HMMA", "HGMMA", "IMMA", "QGMMA"))
+
+
+def compile_kernel(
+    kernel,
+    constants: dict[str, object],
+    *,
+    capability: int,
+    warps: int,
+    stages: int,
+    absent: set[str],
+    element: str = "bf16",
+    descriptors: dict[str, list[int]] | None = None,
+) -> Compiled:
+    """Compile with 16-byte aligned pointers; arguments in `absent` are None."""
+    signature, constexprs, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[name] = "constexpr", constants[name]
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif descriptors and name in descriptors:
+            block = ",".join(str(size) for size in descriptors[name])
+            signature[name] = f"tensordesc<{element}[{block}]>"
+        elif name in absent or name in ("KD0", "KD1", "VD0", "VD1"):
+            signature[name], constexprs[name] = "constexpr", None
+        elif name in STATISTICS:
+            signature[name] = "*fp32"
+        elif name in INTEGERS | LISTS:
+            signature[name] = (INTEGERS | LISTS)[name]
+        elif name[0].isupper():
+            signature[name] = f"*{element}"
+        else:
+            signature[name] = "i32"
+        if signature[name].startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    return read(made.asm["cubin"], made.metadata.shared)
+
+
+def read(cubin: bytes, shared: int) -> Compiled:
+    """Disassemble with the cuobjdump of triton's wheel."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    names = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.M))
+    return Compiled(int(found[1]), int(found[2]), shared, names)
+
+
+def compile_case(key: str, sizes: tuple[int, int, int, int, bool], *, capability: int) -> Compiled:
+    """Compile the kernel of a key of `tuning.case_key`, for training, with those tile sizes."""
+    from polyzoo.attention.kernels import triton_backward_kv, triton_backward_q, triton_forward
+    from polyzoo.attention.kernels.tiles import head_blocks
+
+    kind, head, rules, queries, _ = key.split("|")
+    block_m, block_n, warps, stages, tma = sizes
+    d = int(head)
+    first, second = head_blocks(d)
+    grid = int(rules.removeprefix("grid")) if rules.startswith("grid") else 0
+    lens, causal, window = (rules == rule for rule in ("lens", "causal", "window"))
+    block_n = max(block_n, grid)
+    constants = {
+        "GROUP": 1, "ALIGN": 8, "D": d, "D0": first, "D1": second, "DV": d, "DV0": first,
+        "DV1": second, "BM": block_m, "BN": block_n, "HAS_LEFT": window,
+        "HAS_RIGHT": causal or window, "KVLENS": lens, "PACKED": False, "HAS_MASK": False,
+        "HAS_BIAS": False, "NATURAL": False, "KW": 14 if grid == 16 else grid, "KWP": grid or 1,
+        "DROPOUT": False, "EDGES": bool(rules) or int(queries) < 1024, "RAW": not grid,
+        "TMA": tma, "LOW": True, "CAREFUL": True, "PRECISION": "ieee",
+    }  # fmt: skip
+    present = {"KvLens"} if lens else set()
+    if grid:
+        present |= {"RelH", "RelW", "DRelH", "DRelW"}
+    widths = {"KD0": first, "KD1": second, "VD0": first, "VD1": second}
+    return compile_kernel(
+        {
+            "forward": triton_forward.forward_kernel,
+            "backward_kv": triton_backward_kv.backward_kv_kernel,
+            "backward_q": triton_backward_q.backward_q_kernel,
+        }[kind],
+        constants,
+        capability=capability,
+        warps=warps,
+        stages=stages,
+        absent=OPTIONAL - present,
+        descriptors={n: [1, 1, block_n, w] for n, w in widths.items() if w} if tma else None,
+    )

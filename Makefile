@@ -38,7 +38,7 @@ demo: .venv/.run
 	$(BIN)/python scripts/demo.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -q $(if $(PARITY_DIR),--parity-dir $(PARITY_DIR)) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(if $(PARITY_DIR),--parity-dir=$(PARITY_DIR)) $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

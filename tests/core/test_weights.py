@@ -382,3 +382,10 @@ def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
         archive.writestr("a/data.pkl", bytes(10_000_000))
     with pytest.raises(WeightsError, match="is compressed"):
         convert_pickle(path)
+
+
+def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    write_weights(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == plain.stat().st_mode

@@ -79,9 +79,11 @@ def write_weights(
         plain |= int8.quantise(name, tensor) if name in int8_rows else {name: tensor}
     header = {"format": "pt", **(metadata or {}), **int8.header_entry(int8_rows)}
     with atomic_path(path) as temporary:
-        temporary.touch()  # with the usual permissions, which the writer below keeps
+        temporary.touch()
+        usual = temporary.stat().st_mode  # some writers below keep it, some make the file private
         try:
             save_file(_unshared(plain), temporary, metadata=header)
+            temporary.chmod(usual)
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             if number:  # such as a full disk; atomic_path knows what to say

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ from polyzoo.sea.config import Language
 class CorpusConfig:
     """What `build-corpus` mines, and by which rules."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]]
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]
     """Wheels, sdists, other archives, unpacked folders, or names of installed packages."""
     out: Path
     """Folder for train, valid and test .jsonl.gz and report.json."""

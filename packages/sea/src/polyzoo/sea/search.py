@@ -242,7 +242,7 @@ def main(config: SearchConfig) -> SearchResult:
     folder = config.index or find_folder(config.repo)
     with Searcher(folder, model=config.model) as searcher:
         freshness = None
-        if not config.no_check and Path(searcher.index.settings.repo).is_dir():
+        if config.check and Path(searcher.index.settings.repo).is_dir():
             freshness = searcher.freshness()
         return searcher.search(config.request(), freshness=freshness)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Language
@@ -18,7 +18,7 @@ Mode = Literal["hybrid", "vector", "lexical"]
 class IndexConfig:
     """What `index` makes, and of what. What is not given stays as the index was made."""
 
-    repo: Positional[Path]
+    repo: Annotated[Positional[Path], arg(metavar="REPO")]
     """Folder of the repository."""
     out: Path | None = None
     """Folder of the index; by default a cache folder keyed by the repository's path."""
@@ -36,8 +36,8 @@ class IndexConfig:
     """Only files that match one of these patterns, in .gitignore syntax."""
     exclude: tuple[str, ...] = ()
     """No files or folders that match one of these patterns, in .gitignore syntax."""
-    no_gitignore: bool = False
-    """Index what .gitignore files name, too."""
+    gitignore: bool = True
+    """Leave out what .gitignore files name."""
     vendored: bool = False
     """Enter hidden and vendored folders, too."""
     keep_blocks: bool = False
@@ -92,7 +92,7 @@ class SearchRequest:
 class SearchConfig:
     """What `search` looks for, and where."""
 
-    query: Positional[str]
+    query: Annotated[Positional[str], arg(metavar="QUERY")]
     """What the code does, in plain words, or names that occur in it."""
     repo: Path = Path()
     """Repository, or any folder in it, whose index is searched."""
@@ -116,10 +116,10 @@ class SearchConfig:
     """Score a unit by its best block; needs an index made with --keep-blocks."""
     model: str | None = None
     """Load the index's model from here; it must be the same one."""
-    no_blocks: bool = False
-    """Do not look for the best block of each hit."""
-    no_check: bool = False
-    """Do not look whether files have changed since they were indexed."""
+    blocks: bool = True
+    """Find the best block of each hit."""
+    check: bool = True
+    """Look whether files have changed since they were indexed."""
     context: int = 6
     """Lines of code to show per hit."""
 
@@ -139,7 +139,7 @@ class SearchConfig:
             vector_weight=self.vector_weight,
             lexical_weight=self.lexical_weight,
             maxsim=self.maxsim,
-            blocks=not self.no_blocks,
+            blocks=self.blocks,
             context=self.context,
         )
 
@@ -148,7 +148,7 @@ class SearchConfig:
 class StatusConfig:
     """Which index `status` describes."""
 
-    repo: Positional[Path] = Path()
+    repo: Annotated[Positional[Path], arg(metavar="REPO")] = Path()
     """Repository, or any folder in it."""
     index: Path | None = None
     """Folder of the index, where `index --out` put it elsewhere."""
@@ -158,7 +158,7 @@ class StatusConfig:
 class ServeConfig:
     """How `serve` answers, and what it refuses."""
 
-    repo: Positional[Path] = Path()
+    repo: Annotated[Positional[Path], arg(metavar="REPO")] = Path()
     """Repository, or any folder in it, whose index is served."""
     index: Path | None = None
     """Folder of the index, where `index --out` put it elsewhere."""

@@ -196,7 +196,7 @@ def _rules(config: IndexConfig) -> WalkRules | None:
         languages=tuple(config.language),
         include=tuple(config.include),
         exclude=tuple(config.exclude),
-        gitignore=not config.no_gitignore,
+        gitignore=config.gitignore,
         vendored=config.vendored,
     )
     return None if rules == WalkRules() else rules

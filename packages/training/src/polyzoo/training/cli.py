@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +15,7 @@ from polyzoo.core.cli import Command, CommandGroup
 class InspectConfig:
     """Which run to look at."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the run."""
     verify: bool = True
     """Read every byte of every checkpoint and compare its hash; else only sizes."""

@@ -1,6 +1,6 @@
-"""Time tile sizes of the Triton kernels on this GPU; prints JSON lines, best first per case.
+"""Time tile sizes of the Triton kernels on this GPU: JSON lines, and the best per case on stderr.
 
-    python benchmarks/attention_sweep.py --out sweep.json --workers 14
+    python benchmarks/attention_sweep.py --workers 14 > sweep.jsonl
 
 Workers first compile everything in parallel (the disk cache of Triton is shared), then one process
 times.
@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -116,12 +115,17 @@ def compile_share(share):
 def main() -> None:
     """Compile in parallel, then time."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="one case, for half a minute")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
     parser.add_argument("--budget", type=float, default=200.0, help="seconds of timing")
     options = parser.parse_args()
-    wanted = list(jobs(options.cases.split(",")))
+    if not torch.cuda.is_available():
+        print("attention_sweep needs a CUDA device: nothing measured", file=sys.stderr)
+        return
+    names = ["P3"] if options.quick else options.cases.split(",")
+    budget = 30.0 if options.quick else options.budget
+    wanted = list(jobs(names))
     context = multiprocessing.get_context("spawn")
     began = time.time()
     shares = [wanted[i :: options.workers] for i in range(options.workers)]
@@ -134,7 +138,7 @@ def main() -> None:
     rows = []
     began = time.time()
     for name, kind, sizes, run in each(wanted):
-        if time.time() - began > options.budget:
+        if time.time() - began > budget:
             print(f"stopped at {name} {kind}", file=sys.stderr)
             break
         try:
@@ -143,15 +147,17 @@ def main() -> None:
             ms = float("nan")
             print(f"{name} {kind} {sizes}: {str(error)[:100]}", file=sys.stderr)
         rows.append({"case": name, "kind": kind, "sizes": sizes, "ms": round(ms, 5)})
-    options.out.write_text("\n".join(json.dumps(row) for row in rows))
-    for name in options.cases.split(","):
+    for row in rows:
+        print(json.dumps(row))
+    for name in names:
         for kind in ("forward", "backward_kv", "backward_q", "quick_kv", "quick_q", "decode"):
             best = sorted(
                 (r for r in rows if (r["case"], r["kind"]) == (name, kind) and r["ms"] == r["ms"]),
                 key=lambda row: row["ms"],
             )[:3]
             if best:
-                print(name, kind, *(f"{r['ms']:.4f} {tuple(r['sizes'])}" for r in best), sep=" | ")
+                summary = (f"{r['ms']:.4f} {tuple(r['sizes'])}" for r in best)
+                print(name, kind, *summary, sep=" | ", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from polyzoo.sea.config import Language
 class CorpusConfig:
     """What `build-corpus` mines, and by which rules."""
 
-    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
+    ]
     """Wheels, sdists, other archives, unpacked folders, or names of installed packages."""
     out: Path
     """Folder for train, valid and test .jsonl.gz and report.json."""

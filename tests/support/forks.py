@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from polyzoo.core.errors import PolyzooError
 
 
@@ -23,6 +25,8 @@ class Fork:
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
+            # A fork has none of its parent's OpenMP threads, yet would wait for them.
+            torch.set_num_threads(1)
             if own_group:
                 os.setsid()
             os._exit(_ending(function, stderr))

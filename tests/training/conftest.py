@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before the runs a module shares
 def _one_thread() -> Iterator[None]:
     """Sums are made in another order on several threads."""
     threads = torch.get_num_threads()

@@ -93,7 +93,7 @@ class SeaConfig:
     """Scale every vector to length 1."""
     split: SplitConfig = field(default_factory=SplitConfig)
     aggregator: Aggregator = "attn1_mean"
-    """How block vectors become one vector per function (README: Aggregation)."""
+    """How block vectors become one vector per function; aggregation.py has the formulas."""
     raw: Raw = "mean"
     """What *_mean and *_sum add to the attention: mean or maximum of entries, or the whole."""
     include_whole: bool = True

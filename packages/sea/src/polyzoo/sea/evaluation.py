@@ -1,4 +1,4 @@
-"""Protocols: who competes with whom, and how ties and cut-offs are counted (README, "Train, evaluate, convert").
+"""Protocols: who competes with whom, how ties and cut-offs count (README, "Train, evaluate").
 
 Every candidate is treated alike: its vector does not depend on whether it is an answer. The one
 exception is the protocol named `released`, which repeats the published procedure with its faults.

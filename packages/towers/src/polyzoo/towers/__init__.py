@@ -1,0 +1,1 @@
+"""Frozen pretrained towers and evaluation nets that several models share."""

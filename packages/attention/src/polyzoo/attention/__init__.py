@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from polyzoo.attention.registry import backends as backends
     from polyzoo.attention.registry import choose as choose
     from polyzoo.attention.registry import use_backend as use_backend
+    from polyzoo.attention.tiling_allreduce import (
+        attention_linear_allreduce as attention_linear_allreduce,
+    )
+    from polyzoo.attention.tiling_allreduce import overlap_group as overlap_group
     from polyzoo.attention.types import CuSeqlens as CuSeqlens
     from polyzoo.attention.types import DecomposedBias as DecomposedBias
 
@@ -31,10 +35,12 @@ __getattr__, __dir__, __all__ = attach(
         "DecomposedBias": ".types",
         "Request": ".registry",
         "attention": ".api",
+        "attention_linear_allreduce": ".tiling_allreduce",
         "backends": ".registry",
         "choose": ".registry",
         "explain": ".explaining",
         "merge_states": ".merge",
+        "overlap_group": ".tiling_allreduce",
         "use_backend": ".registry",
     },
 )

@@ -163,8 +163,8 @@ def register() -> Any:
     registry: Any = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
     if names is None or not hasattr(registry, "register") or not hasattr(registry, "_backends"):
         raise RuntimeError(
-            f"diffusers {diffusers.__version__} has no attention dispatcher as of 0.36 to 0.42; give the "
-            "model processors instead: model.set_attn_processor(PolyzooAttnProcessor())"
+            f"diffusers {diffusers.__version__} has no attention dispatcher as of 0.36 to 0.42; "
+            "give the model processors instead: model.set_attn_processor(PolyzooAttnProcessor())"
         )
     if NAME not in names._value2member_map_:
         member = str.__new__(names, NAME)

@@ -12,6 +12,7 @@ from polyzoo.core.lazy import attach
 if TYPE_CHECKING:
     from polyzoo.attention.api import attention as attention
     from polyzoo.attention.backend import Backend as Backend
+    from polyzoo.attention.cooperative import CooperativeCache as CooperativeCache
     from polyzoo.attention.explaining import explain as explain
     from polyzoo.attention.merge import merge_states as merge_states
     from polyzoo.attention.registry import Choice as Choice
@@ -31,6 +32,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "Backend": ".backend",
         "Choice": ".registry",
+        "CooperativeCache": ".cooperative",
         "CuSeqlens": ".types",
         "DecomposedBias": ".types",
         "Request": ".registry",

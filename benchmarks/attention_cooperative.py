@@ -24,6 +24,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def chunk(layer: int, start: int, n: int, device: str) -> tuple[Tensor, Tensor, 
 
 
 class Bench:
+    """The ways, timed in turn."""
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.a = arguments
         self.device: str = arguments.device
@@ -64,10 +67,12 @@ class Bench:
         self.deadline = time.monotonic() + arguments.limit
 
     def wait(self) -> None:
+        """Wait for the GPU."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def say(self, way: str, phase: str, seconds: float, tokens: int, **more: Any) -> None:
+        """Print a line and keep it."""
         line = {
             "way": way,
             "phase": phase,
@@ -89,8 +94,14 @@ class Bench:
     def prefill(self, cache: CooperativeCache) -> None:
         """Fill the cache; check some rows of the last chunk."""
         a, rows = self.a, 16
-        for warm in (True, False):  # compile and tune on the first chunk of a throw-away cache
-            target = cache if not warm else self.new_cache()
+        for warm in (True, False):  # compile on two chunks of a throw-away cache
+            target = self.new_cache() if warm else cache
+            if not warm:
+                before = time.perf_counter()
+                target.reserve(*chunk(0, 0, 1, self.device)[1:])
+                reserving = time.perf_counter() - before
+                if self.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
             stop = a.tokens if not warm else 2 * a.chunk
             kept: list[Tensor] = []
             seconds = 0.0
@@ -105,7 +116,8 @@ class Bench:
                     seconds += time.perf_counter() - before
                     if start + n == stop:
                         kept.append(out[:, :, -rows:].clone())
-        worst = 0.0
+            del target
+        peak, worst = self.peak(), 0.0
         for layer in range(a.layers):
             q = chunk(layer, stop - n, n, self.device)[0][:, :, -rows:]
             k, v = (self.stored(layer, which) for which in (1, 2))
@@ -118,19 +130,23 @@ class Bench:
             a.tokens,
             chunk=a.chunk,
             largest_difference=worst,
-            peak_gb=self.peak(),
+            peak_gb=peak,
+            reserving_s=round(reserving, 3),
         )
 
     def new_cache(self) -> CooperativeCache:
+        """An empty cache under the cap."""
         return CooperativeCache(
             self.a.layers,
             gpu_bytes=self.cap,
             device=self.device,
             block_keys=self.a.block_keys,
             staging_blocks=4,
+            expected_keys=self.a.tokens + 256,
         )
 
     def peak(self) -> float:
+        """Most GPU memory since the last reset."""
         return round(torch.cuda.max_memory_allocated() / 1e9, 3) if self.device == "cuda" else 0.0
 
     def stored(self, layer: int, which: int) -> Tensor:
@@ -142,6 +158,7 @@ class Bench:
         return torch.cat(parts, dim=2)
 
     def steps(self, count: int, first: int = 0) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+        """New positions, one a step, of every layer."""
         for number in range(first, first + count):
             position = self.a.tokens + number
             yield [chunk(layer, position, 1, self.device) for layer in range(self.a.layers)]
@@ -176,6 +193,7 @@ class Bench:
         return times
 
     def run(self) -> None:
+        """Fill, check, and time every way."""
         a = self.a
         cache = self.new_cache()
         self.prefill(cache)
@@ -247,7 +265,7 @@ class Bench:
                         mine.copy_(theirs, non_blocking=True)
                     filled[place].record(copies)
 
-            def offloaded(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            def offloaded(layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
                 bring((layer + 1) % a.layers)
                 place = layer % 2
                 filled[place].wait()
@@ -272,10 +290,10 @@ class Bench:
             for k, v in host
         ]
 
-        def ours(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def ours(layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
             return decoder.start(q.cpu(), blocks[layer]).result()[0].to(self.device)
 
-        def torchs(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def torchs(layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
             out = F.scaled_dot_product_attention(q.cpu(), *host[layer], enable_gqa=True)
             return out.to(self.device)
 
@@ -311,7 +329,7 @@ def main() -> None:
     with torch.no_grad():
         bench.run()
     if arguments.out:
-        with open(arguments.out, "a", encoding="utf-8") as file:
+        with Path(arguments.out).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in bench.lines)
 
 

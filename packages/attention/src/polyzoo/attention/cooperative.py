@@ -10,8 +10,7 @@ queries come (prefill), arithmetic is what counts: host keys stream through the 
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from polyzoo.attention import checks
 from polyzoo.attention.api import attention
-from polyzoo.attention.host_decode import HostDecoder, KeyBlock
-from polyzoo.attention.lanes import Lane, Mark
+from polyzoo.attention.host_decode import HostDecoder
+from polyzoo.attention.lanes import Lane
 from polyzoo.attention.merge import merge_states
+from polyzoo.attention.offloaded_layer import HostBlock, OffloadedLayer
+from polyzoo.attention.staging import Staging
 
 DECODING_QUERIES = 16
 """Up to so many queries the CPU takes part."""
@@ -38,49 +39,6 @@ class Shares:
     """Measured bytes per second of the bus, or 0 where nothing was measured."""
     host: float
     """Measured bytes of keys and values per second of the CPU's attention, or 0."""
-
-
-@dataclass(eq=False)
-class _Block:
-    """Some keys in host memory, filled from the front."""
-
-    k: Tensor
-    v: Tensor
-    filled: int = 0
-
-    def part(self) -> KeyBlock:
-        return KeyBlock(self.k[:, :, : self.filled], self.v[:, :, : self.filled])
-
-
-@dataclass(eq=False)
-class _Layer:
-    """One layer's keys and values: the older ones in host blocks, the newest in a GPU buffer."""
-
-    k: Tensor
-    v: Tensor
-    held: int = 0
-    """Keys in the buffer."""
-    blocks: list[_Block] = field(default_factory=list)
-    spilled: Mark | None = None
-    """When the last copy to the host is done."""
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def keys(self) -> int:
-        return self.held + sum(block.filled for block in self.blocks)
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A place on the GPU through which host blocks stream."""
-
-    k: Tensor
-    v: Tensor
-    filled: Mark | None = None
-    used: Mark | None = None
 
 
 class CooperativeCache:
@@ -114,7 +72,8 @@ class CooperativeCache:
             device: Where queries come from; with "cpu" both parts are computed there.
             placement: "even" keeps as many keys of each layer on the GPU; "first" keeps the first
                 layers whole and gives the others what is left.
-            expected_keys: For "first": how many keys a layer will have.
+            expected_keys: How many keys a layer will have: "first" needs it, and host memory is
+                then reserved by `reserve` and not piece by piece while keys come.
             block_keys: Keys of a block of host memory, the unit of copies.
             staging_blocks: Blocks on the GPU through which host keys stream.
             stream: Share of the host's keys that a decoding step brings to the GPU; "auto"
@@ -146,12 +105,11 @@ class CooperativeCache:
         self._shares: Shares | None = None
         self.divide(stream)
         self._decoder = HostDecoder(threads, native=native)
-        self._layers: list[_Layer | None] = [None] * layers
+        self._layers: list[OffloadedLayer | None] = [None] * layers
         self._capacities: list[int] = []
-        self._slots: list[_Slot] = []
-        self._turn = 0
-        self._ahead: deque[tuple[tuple[int, int, int], _Slot]] = deque()
-        self._up, self._down = Lane(self.device), Lane(self.device)
+        self._staged: Staging | None = None
+        self._free: list[HostBlock] = []
+        self._down = Lane(self.device)
 
     @property
     def shares(self) -> Shares | None:
@@ -174,7 +132,23 @@ class CooperativeCache:
     def keys(self, layer: int) -> tuple[int, int]:
         """Return how many keys of a layer are on the device, and in host memory."""
         state = self._layers[layer]
-        return (0, 0) if state is None else (state.held, state.keys - state.held)
+        return (0, 0) if state is None else (state.held, state.on_host)
+
+    def reserve(self, k: Tensor, v: Tensor) -> None:
+        """Reserve all memory now, also the host's if `expected_keys` were given.
+
+        Args:
+            k: Of the batch, heads, channels, dtype and device that keys will have.
+            v: The same for values.
+
+        Raises:
+            ValueError: `gpu_bytes` is too small.
+        """
+        for layer in range(len(self._layers)):
+            state = self._state(layer, k, v)
+            over = self._expected - state.capacity
+            count = 0 if over <= 0 else -(-over // self._block_keys) + 1
+            self._free += [HostBlock.like(k, v, self._block_keys) for _ in range(count)]
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -189,7 +163,7 @@ class CooperativeCache:
             ValueError: The layer or a shape does not fit what is stored, or `gpu_bytes` is too
                 small for it.
         """
-        self._store(self._state(layer, k, v), k, v)
+        self._state(layer, k, v).store(k, v, piece=self._block_keys)
 
     @torch.no_grad()
     def attend(
@@ -219,25 +193,25 @@ class CooperativeCache:
             )
         state = self._state(layer, k, v)
         n = q.shape[2]
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+        factor: float = q.shape[3] ** -0.5 if scale is None else scale
         if n <= state.capacity:
-            self._store(state, k, v)
-            near_k, near_v = state.k[:, :, : state.held], state.v[:, :, : state.held]
+            state.store(k, v, piece=self._block_keys)
+            near_k, near_v = state.near()
         else:  # more than the GPU keeps: these are still here, so attend to them before they go
-            self._spill(state, state.held)
+            state.spill(state.held)
             near_k, near_v = k, v
         if n <= DECODING_QUERIES and n <= state.capacity:
-            return self._decode(layer, state, q, near_k, near_v, scale)
-        out, lse = attention(q, near_k, near_v, causal=True, scale=scale, return_lse=True)
+            return self._decode(layer, state, q, near_k, near_v, factor)
+        out, lse = attention(q, near_k, near_v, causal=True, scale=factor, return_lse=True)
         if state.blocks:
             out, lse = out.float(), lse.clone()
-            self._stream(layer, state, len(state.blocks), q, scale, into=[(out, lse)])
+            self._stream(layer, state, len(state.blocks), q, factor, into=[(out, lse)])
         if n > state.capacity:
-            self._store(state, k, v)
+            state.store(k, v, piece=self._block_keys)
         return out.to(q.dtype)
 
     def _decode(
-        self, layer: int, state: _Layer, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, layer: int, state: OffloadedLayer, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> Tensor:
         if not state.blocks:
             return attention(q, k, v, causal=True, scale=scale)
@@ -262,7 +236,7 @@ class CooperativeCache:
     def _stream(
         self,
         layer: int,
-        state: _Layer,
+        state: OffloadedLayer,
         count: int,
         q: Tensor,
         scale: float,
@@ -281,17 +255,14 @@ class CooperativeCache:
             into: With `join` its one state is updated in place, else the states are appended.
             join: Many queries make large results: join them one by one.
         """
-        following = (layer + 1) % len(self._layers)
-        wanted = [(layer, index) for index in range(count)]
-        wanted += self._next_blocks(following, q.shape[2])
+        staged = self._staged
+        assert staged is not None  # noqa: S101 - made with the first layer
+        wanted = [(state, index) for index in range(count)]
+        wanted += self._next_blocks(layer, q.shape[2])
         for index in range(count):
-            slot = self._fetch(wanted, index)
-            filled = state.blocks[index].filled
-            if slot.filled is not None:
-                slot.filled.wait()
-            k, v = slot.k[:, :, :filled], slot.v[:, :, :filled]
+            k, v, slot = staged.fetch(wanted, index)
             out, lse = attention(q, k, v, scale=scale, return_lse=True)
-            slot.used = self._up.mark_current()
+            staged.release(slot)
             if not join:
                 into.append((out, lse))
                 continue
@@ -300,95 +271,19 @@ class CooperativeCache:
             total.mul_(torch.exp(whole - joined).unsqueeze(-1))
             total.addcmul_(out.float(), torch.exp(lse - joined).unsqueeze(-1))
             whole.copy_(joined)
-        self._load_ahead(wanted, count)
+        staged.load_ahead(wanted, count)
 
-    def _next_blocks(self, layer: int, queries: int) -> list[tuple[int, int]]:
+    def _next_blocks(self, layer: int, queries: int) -> list[tuple[OffloadedLayer, int]]:
         """Guess which blocks the next call will stream: those of the next layer."""
-        state = self._layers[layer]
+        state = self._layers[(layer + 1) % len(self._layers)]
         if state is None:
             return []
         share = 1.0
         if queries <= DECODING_QUERIES:
             share = self._shares.streamed if self._shares is not None else 0.0
-        return [(layer, index) for index in range(round(share * len(state.blocks)))]
+        return [(state, index) for index in range(round(share * len(state.blocks)))]
 
-    def _fetch(self, wanted: list[tuple[int, int]], index: int) -> _Slot:
-        """Return the slot that holds, or will hold, a wanted block, and load those after it."""
-        layer, block = wanted[index]
-        if not self._ahead or self._ahead[0][0] != self._tag(layer, block):
-            self._ahead.clear()
-        self._load_ahead(wanted, index)
-        return self._ahead.popleft()[1]
-
-    def _load_ahead(self, wanted: list[tuple[int, int]], first: int) -> None:
-        for layer, block in wanted[first + len(self._ahead) :]:
-            if len(self._ahead) == len(self._slots):
-                return
-            self._ahead.append((self._tag(layer, block), self._load(layer, block)))
-
-    def _tag(self, layer: int, block: int) -> tuple[int, int, int]:
-        state = self._layers[layer]
-        assert state is not None  # noqa: S101 - only stored layers are streamed
-        return layer, block, state.blocks[block].filled
-
-    def _load(self, layer: int, index: int) -> _Slot:
-        state = self._layers[layer]
-        assert state is not None  # noqa: S101 - only stored layers are streamed
-        block, slot = state.blocks[index], self._slots[self._turn]
-        self._turn = (self._turn + 1) % len(self._slots)
-        with self._up.after(slot.used, state.spilled):
-            slot.k.copy_(block.k, non_blocking=True)
-            slot.v.copy_(block.v, non_blocking=True)
-        slot.filled = self._up.mark()
-        return slot
-
-    def _store(self, state: _Layer, k: Tensor, v: Tensor) -> None:
-        count = k.shape[2]
-        over = state.held + count - state.capacity
-        if over > 0:
-            whole = -(-over // self._block_keys) * self._block_keys
-            self._spill(state, min(state.held, whole))
-        gone = max(0, count - state.capacity)
-        if gone:
-            self._to_host(state, k[:, :, :gone], v[:, :, :gone])
-        end = state.held + count - gone
-        state.k[:, :, state.held : end] = k[:, :, gone:]
-        state.v[:, :, state.held : end] = v[:, :, gone:]
-        state.held = end
-
-    def _spill(self, state: _Layer, count: int) -> None:
-        """Move the oldest keys of the buffer to the host and close the gap."""
-        if count == 0:
-            return
-        self._to_host(state, state.k[:, :, :count], state.v[:, :, :count])
-        for start in range(0, state.held - count, count):  # pieces that do not overlap
-            end = min(start + count, state.held - count)
-            for part in (state.k, state.v):
-                part[:, :, start:end] = part[:, :, start + count : end + count]
-        state.held -= count
-
-    def _to_host(self, state: _Layer, k: Tensor, v: Tensor) -> None:
-        done = 0
-        while done < k.shape[2]:
-            if not state.blocks or state.blocks[-1].filled == self._block_keys:
-                state.blocks.append(self._new_block(state))
-            block = state.blocks[-1]
-            count = min(k.shape[2] - done, self._block_keys - block.filled)
-            place = slice(block.filled, block.filled + count)
-            for mine, given in ((block.k, k), (block.v, v)):
-                self._down.copy_out(mine[:, :, place], given[:, :, done : done + count])
-            block.filled += count
-            done += count
-        state.spilled = self._down.mark()
-
-    def _new_block(self, state: _Layer) -> _Block:
-        def reserve(like: Tensor) -> Tensor:
-            shape = (*like.shape[:2], self._block_keys, like.shape[3])
-            return torch.empty(shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
-
-        return _Block(reserve(state.k), reserve(state.v))
-
-    def _state(self, layer: int, k: Tensor, v: Tensor) -> _Layer:
+    def _state(self, layer: int, k: Tensor, v: Tensor) -> OffloadedLayer:
         """Return a layer's state, reserving memory for its first keys."""
         if not 0 <= layer < len(self._layers):
             raise ValueError(f"layer is {layer}; the cache has layers 0..{len(self._layers) - 1}")
@@ -401,12 +296,17 @@ class CooperativeCache:
             )
         state = self._layers[layer]
         if state is None:
-            if not self._slots:
-                self._reserve_slots(k, v)
-            capacity = self._capacities[layer]
-            state = self._layers[layer] = _Layer(
-                k.new_empty((*k.shape[:2], capacity, k.shape[3])),
-                v.new_empty((*v.shape[:2], capacity, v.shape[3])),
+            if self._staged is None:
+                self._place(k, v)
+            none_k, none_v = (t.new_empty((*t.shape[:2], 0, t.shape[3])) for t in (k, v))
+
+            def new_block() -> HostBlock:
+                if self._free:
+                    return self._free.pop()
+                return HostBlock.like(none_k, none_v, self._block_keys)
+
+            state = self._layers[layer] = OffloadedLayer(
+                k, v, capacity=self._capacities[layer], down=self._down, new_block=new_block
             )
         stored = (*state.k.shape[:2], state.k.shape[3], state.v.shape[3], state.k.dtype)
         given = (*k.shape[:2], k.shape[3], v.shape[3], k.dtype)
@@ -417,7 +317,8 @@ class CooperativeCache:
             )
         return state
 
-    def _reserve_slots(self, k: Tensor, v: Tensor) -> None:
+    def _place(self, k: Tensor, v: Tensor) -> None:
+        """Divide `gpu_bytes` between staging and layers."""
         per_key = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
         left = self._gpu_bytes // per_key - self._staging * self._block_keys
         count = len(self._layers)
@@ -436,36 +337,24 @@ class CooperativeCache:
                 f"{self._block_keys} keys and {DECODING_QUERIES} keys for each of {count} layers "
                 f"take {needed:,}: raise it, or lower block_keys or staging_blocks"
             )
-        for _ in range(self._staging):
-            self._slots.append(
-                _Slot(
-                    *(
-                        part.new_empty((*part.shape[:2], self._block_keys, part.shape[3]))
-                        for part in (k, v)
-                    )
-                )
-            )
+        self._staged = Staging(k, v, slots=self._staging, keys=self._block_keys)
 
-    def _calibrate(self, host_q: Tensor, state: _Layer) -> Shares:
+    def _calibrate(self, host_q: Tensor, state: OffloadedLayer) -> Shares:
         """Measure bus and CPU while both work, and divide so that they end together."""
         if self.device.type == "cpu":  # there is no bus: streaming would only copy
             self._shares = Shares(0.0, 0.0, 0.0)
             return self._shares
         blocks = [block for block in state.blocks if block.filled == self._block_keys]
         blocks = blocks[:_CALIBRATION_BLOCKS] or state.blocks[:1]
-        self._ahead.clear()
+        staged = self._staged
+        assert staged is not None  # noqa: S101 - made with the first layer
         size = sum(part.numel() * part.element_size() for part in (blocks[0].k, blocks[0].v))
         parts = [block.part() for block in blocks]
         self._decoder.start(host_q, parts).result()  # compiles, starts threads, touches pages
         torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         pending = self._decoder.start(host_q, parts)
-        for index in range(len(blocks)):
-            slot = self._slots[index % len(self._slots)]
-            with self._up.after(slot.used):
-                slot.k.copy_(blocks[index].k, non_blocking=True)
-                slot.v.copy_(blocks[index].v, non_blocking=True)
-        mark = self._up.mark()
+        mark = staged.bring(blocks)
         pending.result()
         host = len(blocks) * size / (time.perf_counter() - started)
         mark.synchronize()

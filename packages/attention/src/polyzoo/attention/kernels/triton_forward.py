@@ -162,7 +162,8 @@ def forward_kernel(
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
     KG: tl.constexpr, GRID_WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
-    EDGES: tl.constexpr, RAW: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    EDGES: tl.constexpr, RAW: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile; `launch.py` says what the arguments are."""
     sequence, head, tile, q_start, k_start, n, length = locate(

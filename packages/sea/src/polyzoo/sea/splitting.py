@@ -84,7 +84,7 @@ def split(text: str, *, language: str, config: SplitConfig, tokenize: Tokenize) 
         ranges, fallback = _ast_ranges(prepared, config)
     else:
         ranges = _window_ranges(prepared, config)
-    repeated = _repeated_signature(prepared, config) if len(ranges) > 1 else []
+    repeated = prepared.pieces.ids[: _head_size(prepared, config)] if len(ranges) > 1 else []
     kept = _thinned(ranges, config.max_blocks)
     lines = LineIndex(text)
     blocks = tuple(
@@ -111,14 +111,14 @@ def _ast_ranges(
     if size <= config.budget:
         return [(0, size, first_label)], fallback
     signature = _signature_size(prepared)
-    # A repeated signature stands before every block, so only the body is cut.
-    body = signature if config.repeat_signature else 0
-    capacity = config.budget - config.overlap - body
+    # What is repeated stands before every block, so only the rest is cut.
+    head = _head_size(prepared, config)
+    capacity = config.budget - config.overlap - head
     if capacity < 1:
         raise DataError(
             f"budget={config.budget} leaves no room for code beside the repeated signature of "
-            f"{body} pieces and overlap={config.overlap}; raise the budget, or set "
-            "repeat_signature=False"
+            f"{head} pieces and overlap={config.overlap}; raise the budget, lower "
+            f"signature_pieces={config.signature_pieces}, or set repeat_signature=False"
         )
     if fallback is None:
         tree_borders = borders.TreeBorders(prepared.tree, prepared.text, prepared.starts)
@@ -127,14 +127,14 @@ def _ast_ranges(
             levels.append(tree_borders.tokens())
     else:
         levels = [borders.line_borders(prepared.text, prepared.starts)]
-    levels = [[border for border in level if border.index > body] for level in levels]
-    cuts = choose_cuts(levels, start=body, end=size, capacity=capacity, min_size=config.min_tokens)
+    levels = [[border for border in level if border.index > head] for level in levels]
+    cuts = choose_cuts(levels, start=head, end=size, capacity=capacity, min_size=config.min_tokens)
     labels: dict[int, str] = {
         border.index: border.label for level in reversed(levels) for border in level
     }
     ranges = [(0, [*cuts, size][1], first_label)]
     ranges.extend(
-        (max(first - config.overlap, body), last, labels.get(first, "piece"))
+        (max(first - config.overlap, head), last, labels.get(first, "piece"))
         for first, last in pairwise([*cuts[1:], size])
     )
     return ranges, fallback
@@ -164,10 +164,11 @@ def _signature_size(prepared: PreparedSource) -> int:
     return 0 if offset is None else bisect_left(prepared.starts, offset)
 
 
-def _repeated_signature(prepared: PreparedSource, config: SplitConfig) -> list[int]:
+def _head_size(prepared: PreparedSource, config: SplitConfig) -> int:
+    """Pieces of the signature that stand before every block: a long one is cut."""
     if not config.repeat_signature or config.kind != "ast":
-        return []
-    return prepared.pieces.ids[: _signature_size(prepared)]
+        return 0
+    return min(_signature_size(prepared), config.signature_pieces)
 
 
 def _thinned(ranges: list[tuple[int, int, str]], most: int) -> list[tuple[int, int, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +19,50 @@ from polyzoo.sea.stores import Ids, Points, Vectors, VectorStore
 logger = get_logger(__name__)
 
 _UNITS_PER_BATCH = 128
+_FEW_UNITS = 48
+"""With more, loading torch pays."""
 _BLOCK_BITS = 12
 """A block's number is its unit's, shifted by this, plus its place: room for 4,096 blocks."""
 
 
 class PendingEmbedder:
-    """A model that loads while files are read: loading takes longer than looking for changes."""
+    """A model that loads while files are read, or only once it is known to be worth it.
 
-    def __init__(self, load: Callable[[], Embedder]) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._future = self._pool.submit(load)
-        self._pool.shutdown(wait=False)
+    An update mostly has a few units to encode, which the light version has done before the full one
+    is loaded.
+    """
 
-    def get(self) -> Embedder:
-        """Wait for the model; raises what loading it raised."""
-        return self._future.result()
+    def __init__(self, load: Callable[[], Embedder], *, light: Embedder | None = None) -> None:
+        """Begin to load, unless there is a light version to begin with.
+
+        Args:
+            load: Gives the full version.
+            light: The same model, ready, for at most a few units.
+        """
+        self._load, self._light = load, light
+        self._future: Future[Embedder] | None = None
+        if light is None:
+            self._begin()
+
+    def get(self, units: int | None = None) -> Embedder:
+        """Return the model, waiting for it; raises what loading it raised.
+
+        Args:
+            units: How many are to be encoded; where not given, whichever version is there will do.
+        """
+        if self._light is not None and (units is None or units <= _FEW_UNITS):
+            return self._light
+        return (self._future or self._begin()).result()
 
     def check(self, settings: IndexSettings, folder: Path) -> None:
         """Refuse a model other than the index's."""
         check_model(settings, self.get(), folder=folder)
+
+    def _begin(self) -> Future[Embedder]:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._future = pool.submit(self._load)
+        pool.shutdown(wait=False)
+        return self._future
 
 
 def unit_of_block(numbers: Ids) -> Ids:
@@ -75,7 +100,7 @@ def embed_waiting(
     total = staging.count_waiting()
     if not total:
         return 0, 0
-    model = embedder.get()
+    model = embedder.get(total)
     with progress(total=total, description="Embedding", unit="unit") as bar:
         while batch := staging.waiting(_UNITS_PER_BATCH):
             twins = staging.twins({unit.hash for unit in batch})

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea.embedder import Embedder, load_embedder
+from polyzoo.sea.embedder import Embedder, load_embedder, load_light
 from polyzoo.sea.embedding import unit_of_block
 from polyzoo.sea.excerpts import excerpt
 from polyzoo.sea.fusion import Ranking, fuse
@@ -38,9 +38,23 @@ class Searcher:
     """
 
     def __init__(
-        self, folder: Path, *, embedder: Embedder | None = None, model: str | None = None
+        self,
+        folder: Path,
+        *,
+        embedder: Embedder | None = None,
+        model: str | None = None,
+        light: bool = False,
     ) -> None:
+        """Open an index.
+
+        Args:
+            folder: Of the index.
+            embedder: Its model, loaded already.
+            model: Where to load it from; by default where the index says.
+            light: For a question or two: do without torch if the model allows it.
+        """
         self.folder, self._model, self._embedder = folder, model, embedder
+        self._light = light
         self.index = CodeIndex.open(folder)
         self._checked = False
         self._paths: dict[tuple[int, tuple[str, ...]], tuple[int, ...]] = {}
@@ -63,7 +77,9 @@ class Searcher:
         """
         self._refresh()
         if self._embedder is None:
-            self._embedder = load_embedder(self._model or self.index.settings.model)
+            name = self._model or self.index.settings.model
+            light = load_light(name) if self._light else None
+            self._embedder = light or load_embedder(name)
         if not self._checked:
             self.index.check_model(self._embedder)
             self._checked = True
@@ -240,7 +256,7 @@ class Searcher:
 def main(config: SearchConfig) -> SearchResult:
     """Run the command."""
     folder = config.index or find_folder(config.repo)
-    with Searcher(folder, model=config.model) as searcher:
+    with Searcher(folder, model=config.model, light=True) as searcher:
         freshness = None
         if config.check and Path(searcher.index.settings.repo).is_dir():
             freshness = searcher.freshness()

@@ -14,7 +14,7 @@ from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import FolderLock, remove_stale
 from polyzoo.sea import lexical
 from polyzoo.sea.catalog import Catalog
-from polyzoo.sea.embedder import Embedder, load_embedder
+from polyzoo.sea.embedder import Embedder, load_embedder, load_light
 from polyzoo.sea.embedding import PendingEmbedder
 from polyzoo.sea.ignores import compile_patterns
 from polyzoo.sea.index import IndexSettings, read_settings, write_settings
@@ -89,8 +89,10 @@ class _Job:
     def folder(self) -> Path:
         return (self.config.out or default_folder(self.repo)).expanduser()
 
-    def model(self, name: str) -> PendingEmbedder:
-        return PendingEmbedder(lambda: self.embedder or load_embedder(name))
+    def model(self, name: str, *, update: bool = False) -> PendingEmbedder:
+        given = self.embedder
+        light = load_light(name) if update and given is None else None
+        return PendingEmbedder(lambda: given or load_embedder(name, bulk=True), light=light)
 
     def check_repo(self, settings: IndexSettings) -> None:
         if Path(settings.repo) != self.repo:
@@ -124,7 +126,8 @@ def _update(job: _Job, generation: int) -> IndexReport:
         if rules != settings.rules:
             write_settings(catalog, replace(settings, rules=rules))
         _discard(job.folder, generation + 1)  # a rebuild that was given up
-        return _run(job, generation, catalog, job.model(job.config.model or settings.model))
+        model = job.model(job.config.model or settings.model, update=True)
+        return _run(job, generation, catalog, model)
     finally:
         catalog.close()
 

@@ -19,6 +19,8 @@ from polyzoo.sea.model import CodeVectors
 from polyzoo.sea.model_sources import BARE, encoder_folder, model_folder
 from polyzoo.sea.splitting import Split
 
+_CPU_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -70,6 +72,8 @@ class SeaPipeline:
         self.model.to(self.device).eval().requires_grad_(False)
         self.model.encoder.to(dtype)
         self.model.encoder.fuse()
+        if self.device.type == "cpu":  # a chunk's states then stay in the cache
+            self.model.encoder.max_tokens_per_forward = _CPU_TOKENS
 
     @classmethod
     def from_pretrained(

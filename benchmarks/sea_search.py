@@ -93,7 +93,7 @@ def _cold(repo: Path, folder: Path, count: int) -> None:
 
 def _process(what: str, arguments: list[str]) -> None:
     start = time.perf_counter()
-    subprocess.run(  # noqa: S603 - our own command
+    subprocess.run(
         [sys.executable, "-m", "polyzoo.core", "sea", *arguments], check=True, capture_output=True
     )
     _print(what, seconds=time.perf_counter() - start)

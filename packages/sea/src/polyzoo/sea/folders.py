@@ -144,9 +144,7 @@ def save_folder(
     return folder
 
 
-def _checked(
-    model: SeaModel, config: SeaConfig, folder: Path, *, own: Path | None
-) -> LoadedModel:
+def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, own: Path | None) -> LoadedModel:
     tokenizer = SeaTokenizer.from_folder(folder, split_identifiers=config.split_identifiers)
     if config.tokenizer_sha256 and config.tokenizer_sha256 != tokenizer.sha256:
         raise ConfigError(

@@ -147,7 +147,7 @@ class _Layer:
 
 
 def gelu(x: Array) -> Array:
-    """x times the normal distribution function, to about 1e-6 of the exact value.
+    """The input times the normal distribution function, to about 1e-6 of the exact value.
 
     The error function by Abramowitz and Stegun's formula 7.1.26, off by at most 1.5e-7.
     """

@@ -145,9 +145,7 @@ class SeaPipeline:
             codes: Source text of each function.
             language: Of all, or one for each.
         """
-        splits = split_code(
-            codes, language=language, config=self.config, tokenizer=self.tokenizer
-        )
+        splits = split_code(codes, language=language, config=self.config, tokenizer=self.tokenizer)
         return self.embed_splits(splits)
 
     def embed_splits(self, splits: Sequence[Split]) -> CodeEmbeddings:

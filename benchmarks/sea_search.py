@@ -26,10 +26,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from polyzoo.sea.embedder import load_embedder
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import IndexConfig, SearchRequest
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.config import IndexConfig, SearchRequest
+from polyzoo.sea.search.embedder import load_embedder
+from polyzoo.sea.search.searcher import Searcher
+from polyzoo.sea.search.update import build_index
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError, DataError, WeightsError
-from polyzoo.sea.embedder import load_embedder, load_light
-from polyzoo.sea.embedding import PendingEmbedder
+from polyzoo.sea.encoding.numpy_encoder import gelu
 from polyzoo.sea.folders import build_bare, save_folder
-from polyzoo.sea.numpy_encoder import gelu
 from polyzoo.sea.numpy_pipeline import NumpyPipeline
 from polyzoo.sea.pipeline import SeaPipeline
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.embedder import load_embedder, load_light
+from polyzoo.sea.search.embedding import PendingEmbedder
+from polyzoo.sea.search.update import build_index
 from support.indexed_repo import SHAPES, small_repo
 from support.sea_models import encoder_folder, function, shape
 
@@ -150,12 +150,12 @@ def test_one_edited_file_and_one_question_need_no_torch(tmp_path, encoder: Path)
     repo.write("shapes.py", SHAPES.replace("/ 2", "* 0.5"))
     script = (
         "import sys; from pathlib import Path;"
-        "from polyzoo.sea.update import build_index;"
-        "from polyzoo.sea import search, search_config as c;"
+        "from polyzoo.sea.search.update import build_index;"
+        "from polyzoo.sea.search import searcher, config as c;"
         "repo, out = map(Path, sys.argv[1:]);"
         "report = build_index(c.IndexConfig(repo=repo, out=out));"
         "assert report.encoded == 1, report;"
-        "found = search.main(c.SearchConfig(query='surface of a circle', index=out));"
+        "found = searcher.main(c.SearchConfig(query='surface of a circle', index=out));"
         "assert found.hits[0].vector_rank, found;"
         "heavy = {'torch', 'transformers', 'scipy', 'sklearn'} & set(sys.modules);"
         "assert not heavy, heavy"

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea import released
 from polyzoo.sea.config import SplitConfig
-from polyzoo.sea.parsing import ParsedSource
-from polyzoo.sea.splitting import Split, split
+from polyzoo.sea.splitting import Split, released, split
+from polyzoo.sea.splitting.parsing import ParsedSource
 from support.functions import (
     LANGUAGES,
     Function,

@@ -10,8 +10,8 @@ import numpy as np
 
 from polyzoo.core.errors import DataError
 from polyzoo.sea.config import Language, SeaConfig
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.splitting import Split, split
-from polyzoo.sea.tokenizer import SeaTokenizer
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from polyzoo.core.errors import ConfigError, WeightsError
 from polyzoo.core.io import atomic_folder
 from polyzoo.core.weights import FILE_NAME, load_into, read_weights, write_weights
 from polyzoo.sea.config import AdapterConfig, SeaConfig
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.encoder_loading import empty_encoder
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.encoder_loading import empty_encoder
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.identity import fingerprint
 from polyzoo.sea.model import SeaModel
 from polyzoo.sea.model_sources import CONFIG_NAME, encoder_folder
-from polyzoo.sea.tokenizer import SeaTokenizer
 
 ENCODER_FOLDER = "encoder"
 SELF = "self"

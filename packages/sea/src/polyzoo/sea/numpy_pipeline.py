@@ -14,11 +14,11 @@ from polyzoo.core import config as configs
 from polyzoo.core.errors import ConfigError
 from polyzoo.core.weight_files import FILE_NAME
 from polyzoo.sea.config import SeaConfig
+from polyzoo.sea.encoding.numpy_encoder import Array, NumpyEncoder, Shape, read_arrays
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.entries import CodeEmbeddings, Entries, check_finite, split_code
 from polyzoo.sea.identity import fingerprint, model_id
 from polyzoo.sea.model_sources import CONFIG_NAME, encoder_folder
-from polyzoo.sea.numpy_encoder import Array, NumpyEncoder, Shape, read_arrays
-from polyzoo.sea.tokenizer import SeaTokenizer
 
 _ENCODER = "encoder.model."
 _PLAIN = frozenset({"first", "mean", "max", "maxsim", "attn1", "attn1_mean"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -210,6 +212,15 @@ def joined(launch: Launch, device: torch.device, *, alone: bool, minutes: float)
     try:
         yield World(launch, grouped=True)
     finally:
+        if "deepspeed" in sys.modules:
+            # It keeps its own references to the group, for as long as the process lives.
+            atexit.register(_leave)
+        else:
+            _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polyzoo.core.io import atomic_path
 from polyzoo.training.errors import TrainingError
+from polyzoo.training.strategies.hostmemory import HostMemory
 
 _SOURCE = Path(__file__).with_name("host_adamw.cpp")
 # No -ffast-math: it would let sums be reordered and NaN be assumed away.
@@ -119,15 +120,16 @@ class HostAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self.threads = threads
+        self.memory = HostMemory()
         self._update = _library(build())
 
     def state_of(self, weights: Tensor) -> dict[str, Any]:
         """Return the moments and the step count of a tensor, made where they are missing."""
         state = self.state[weights]
         if "exp_avg" not in state:
-            # calloc gives untouched pages: the threads of the first step place them.
-            state["exp_avg"] = torch.zeros_like(weights, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(weights, requires_grad=False)
+            # Pages not touched yet read as zeros; the threads of the first step place them.
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = self.memory.empty(weights.numel(), weights.dtype, pinned=False)
         state.setdefault("step", 0)
         return state
 

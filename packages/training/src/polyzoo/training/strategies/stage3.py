@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from polyzoo.training.strategies.host_adamw import HostAdamW
-from polyzoo.training.strategies.pinned import PinnedMemory
+from polyzoo.training.strategies.hostmemory import HostMemory
 
 
 
@@ -45,7 +45,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self.divisor: float = 1.0
-        self.pinned = PinnedMemory()
+        self.memory = HostMemory()
         self._scale = 1.0
         self._host_gradients: dict[int, Tensor] = {}
         self._on_gpu: torch.optim.Optimizer | None = None
@@ -71,14 +71,22 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         for group in self.trainable_param_groups:
             numel = sum(parameter.partition_numel() for parameter in group["params"])
             # torch's own pinned memory is rounded up to a power of two.
-            self.param_groups_fp16_flat_cpu_memory.append(self.pinned.empty(numel, self.dtype))
+            flat = self.memory.empty(numel, self.dtype, pinned=True)
+            self.param_groups_fp16_flat_cpu_memory.append(flat)
 
     def _create_fp32_partitions(self) -> None:
-        if self.is_fused:
-            self.partial_offload = 1.0 - type(self).gpu_share
-        super()._create_fp32_partitions()
-        if self.pinned.is_useful:
+        if not self.is_fused:
+            super()._create_fp32_partitions()
+            return
+        self.partial_offload = 1.0 - type(self).gpu_share
+        if torch.cuda.is_available():
             torch._C._host_emptyCache()  # the parameters' first, single pinned buffers
+        super()._create_fp32_partitions()
+        for index, weights in enumerate(self.fp32_partitioned_groups_flat):
+            if self.subgroup_to_device[index] == "cpu":
+                held = self.memory.empty(weights.numel(), weights.dtype, pinned=False)
+                # The old storage goes; the tensor stays the one that others know.
+                weights.data = held.copy_(weights.data)
 
     def initialize_optimizer_states(self) -> None:
         if not self.is_fused:
@@ -111,9 +119,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     def _gradient_buffer(self, index: int, numel: int, device: str) -> Tensor:
         if self.subgroup_to_device[index] != "cpu":
             return torch.zeros(numel, dtype=self.gradient_accumulation_dtype, device=device)
-        if self.offload_optimizer_pin_memory:
-            return self.pinned.empty(numel, self.gradient_accumulation_dtype).zero_()
-        return torch.zeros(numel, dtype=self.gradient_accumulation_dtype)
+        dtype, pinned = self.gradient_accumulation_dtype, self.offload_optimizer_pin_memory
+        return self.memory.empty(numel, dtype, pinned=pinned)
 
     # --- backward -------------------------------------------------------------------------------
 
@@ -144,8 +151,12 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     # --- step -----------------------------------------------------------------------------------
 
+    def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 0) -> Tensor:  # noqa: A002, ARG002
+        # The same arithmetic in every tier, so that they agree to the last bit.
+        return torch.linalg.vector_norm(input, dtype=torch.float32)
+
     def _get_norm_groups(self) -> list[Tensor]:
-        if not self.is_fused:
+        if not (self.offload_optimizer and isinstance(self.optimizer, HostAdamW)):
             return super()._get_norm_groups()
         device = deepspeed_stage3.get_accelerator().current_device_name()
         norms = list(self.norm_for_param_grads.values())
@@ -294,8 +305,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         return len(self.fp16_groups)
 
     def close(self) -> None:
-        """Give back pinned memory."""
-        self.pinned.close()
+        """Give back page-locked memory."""
+        self.memory.close()
 
 
 @contextmanager

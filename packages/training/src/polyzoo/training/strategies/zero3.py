@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
@@ -61,6 +62,8 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     _mend_architectures()
+    # DeepSpeed calls what newer versions of torch have renamed, at every reduction.
+    warnings.filterwarnings("ignore", message=".*_tensor.? is deprecated", category=FutureWarning)
     import deepspeed
 
     deepspeed.utils.logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
@@ -133,6 +136,7 @@ class ZeroThree:
         self.dtype = compute_dtype(config.precision, device)
         self.offload = OFFLOADS[name]
         _refuse_other_optimizer(config, name)
+        os.environ.setdefault("LOCAL_RANK", str(world.launch.local_rank))  # it insists
         deepspeed.init_distributed(verbose=False)
         self.drive = self._prepare_drive()
         model, first_weights = self._build(deepspeed, build)

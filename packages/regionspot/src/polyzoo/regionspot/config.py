@@ -143,3 +143,38 @@ class RegionSpotConfig:
 BoxFormat = Literal["xyxy", "xywh", "xyxyn"]
 OnInvalid = Literal["error", "drop"]
 Names = Literal["readable", "official"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SceneSpotConfig:
+    """Shape of the model that polyzoo trained and ships: RegionSpot on small towers."""
+
+    side: int = 448
+    """Longer side of the image the tower sees, in pixels; a multiple of 32."""
+    pyramid: int = 48
+    """Channels of the map at a stride of 8 that finds and outlines regions."""
+    width: int = 128
+    """Channels of the integration module."""
+    text_dim: int = 192
+    """Channels of the text space."""
+    heads: int = 4
+    """Attention heads of the integration module."""
+    layers: int = 2
+    """Its layers."""
+    mlp: int = 256
+    """Hidden channels of its MLPs."""
+    dropout: float = 0.1
+    """As in IntegrationConfig."""
+    mask_dim: int = 16
+    """Channels in which a region's token meets the pixels to give a mask."""
+    temperature: float = 1.5
+    """Divides the classifier's logits before its class names are averaged."""
+    scale: float = 20.0
+    """Multiplies the cosine between regions and names."""
+
+    def __post_init__(self) -> None:
+        """Check the relations between fields."""
+        if self.side % 32 or self.side < 64:
+            raise ConfigError(f"side={self.side} must be a multiple of 32, at least 64")
+        if self.width % self.heads:
+            raise ConfigError(f"heads={self.heads} must divide width={self.width}")

@@ -92,8 +92,10 @@ class SceneSpot(nn.Module):
         self.mask_token = nn.Linear(token_dim, config.mask_dim + 1)
         self.mask_pixels = nn.Conv2d(pyramid, config.mask_dim, 1)
         self.name_weight = nn.Parameter(torch.tensor(1.0))
-        nn.init.normal_(self.integration.projector.weight, std=0.02)
+        # What is learned starts at nothing: the first answer is the classifier's mixture.
+        nn.init.zeros_(self.integration.projector.weight)
         nn.init.zeros_(self.integration.projector.bias)
+        self.tower.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> SceneSpot:
         """Set the mode; the frozen tower stays in evaluation mode."""
@@ -108,7 +110,7 @@ class SceneSpot(nn.Module):
             images: `(b, 3, H, W)` of 0..1, sides multiples of 32.
         """
         with torch.no_grad():
-            pyramid = self.tower(images)
+            pyramid = self.tower(images.contiguous(memory_format=torch.channels_last))
         size = pyramid.fine.shape[-2:]
         middle = F.interpolate(self.middle(pyramid.middle), size, mode="bilinear")
         coarse = F.interpolate(self.coarse(pyramid.coarse), size, mode="bilinear")

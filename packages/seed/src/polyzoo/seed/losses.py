@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 QUANTISATION, RECONSTRUCTION, GENERATION = 5.0, 2.0, 0.5

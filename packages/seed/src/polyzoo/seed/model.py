@@ -157,6 +157,11 @@ class SeedModel(nn.Module):
         causal = None if self.reconstruct is None else self.reconstruct(vectors)
         return Decoded(vectors, causal, self.head(self.prepare_head(vectors)))
 
+    def context_of(self, codes: Tensor) -> Tensor:
+        """Return (b, n, w) vectors of codes (b, n): what our small picture decoder looks at."""
+        vectors = self.from_code(self.quantizer.lookup(codes).to(self.from_code[0].weight.dtype))
+        return self.prepare_head(vectors)
+
     def image_vectors(self, causal: Tensor) -> Tensor:
         """Return (b, contrast_dim) unit vectors of images: their last causal embedding."""
         return F.normalize(self._contrast().image(causal[:, -1]), dim=-1)

@@ -80,8 +80,8 @@ def beside(images: Tensor, *, generator: torch.Generator, share: float) -> Tenso
         chosen = corners == corner
         patch = mixed[chosen, row : row + half, column : column + half]
         alpha = small[chosen][..., 3:] / 255
-        mixed[chosen, row : row + half, column : column + half] = (
-            small[chosen] * alpha + patch * (1 - alpha)
+        mixed[chosen, row : row + half, column : column + half] = small[chosen] * alpha + patch * (
+            1 - alpha
         )
     keep = torch.rand(b, 1, 1, 1, generator=generator, device=images.device) >= share
     return torch.where(keep, images.float(), mixed).round().to(torch.uint8)

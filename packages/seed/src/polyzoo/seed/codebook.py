@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyzoo.core.io import atomic_path
+from polyzoo.core.lazy import import_extra
 from polyzoo.seed.codebook_config import CodebookConfig
-
 
 
 class CodebookCare(nn.Module):
@@ -128,9 +128,7 @@ class CodebookHealth:
             dead=entries - used,
             top_share=float(np.sort(counts)[-best:].sum() / max(1, counts.sum())),
             verdict=verdict,
-            by_position=[
-                _perplexity(np.bincount(column, minlength=entries)) for column in table.T
-            ],
+            by_position=[_perplexity(np.bincount(column, minlength=entries)) for column in table.T],
         )
 
 
@@ -141,6 +139,7 @@ def _perplexity(counts: NDArray[np.integer]) -> float:
 
 def plot_usage(codes: NDArray[np.integer] | Tensor, path: Path, *, entries: int) -> None:
     """Draw how often each entry is chosen, sorted, and the perplexity of each position."""
+    import_extra("matplotlib", install="polyzoo-seed[train]")
     from matplotlib.figure import Figure
 
     health = CodebookHealth.of(codes, entries=entries)

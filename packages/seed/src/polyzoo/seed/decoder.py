@@ -7,6 +7,7 @@ with the paper's diffusion model, the result means the same as the source; pixel
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,7 @@ def draw(
         return without + guidance * (with_codes - without)
 
     times = [i / steps for i in range(steps + 1)]
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         x = x + (then - now) * velocity(x, now)
     return (x / 2 + 0.5).clamp(0, 1)
 

@@ -14,8 +14,8 @@ import torch
 
 from polyzoo.core import config as configs
 from polyzoo.core.errors import WeightsError
-from polyzoo.core.hub import load_pretrained, resolve_folder, save_pretrained
-from polyzoo.core.weights import load_into, read_weights, write_weights
+from polyzoo.core.hub import CONFIG_NAME, load_pretrained, resolve_folder, save_pretrained
+from polyzoo.core.weights import FILE_NAME, load_into, read_weights, write_weights
 from polyzoo.seed.config import SeedConfig
 from polyzoo.seed.decoder import PixelDecoder
 from polyzoo.seed.decoder_config import DecoderConfig
@@ -93,12 +93,30 @@ def save_parts(
     if pieces is not None and pieces.resolve() != (folder / PIECES).resolve():
         shutil.copyfile(pieces, folder / PIECES)
     if decoder is not None:
-        tensors = decoder.state_dict()
-        write_weights(
-            folder / DECODER_WEIGHTS, tensors, int8_rows=_large(tensors) if int8 else ()
-        )
-        configs.save(decoder.config, folder / DECODER_CONFIG)
+        save_decoder(folder, decoder, int8=int8)
     return folder
+
+
+def save_decoder(
+    folder: str | Path, decoder: PixelDecoder, *, like: Path | None = None, int8: bool = False
+) -> None:
+    """Write our small de-tokeniser into a tokenizer's folder.
+
+    Args:
+        folder: Made where missing.
+        decoder: What is written.
+        like: Folder of the tokenizer it was trained with; its files are copied in first.
+        int8: Store matrices as int8 with a scale a row.
+    """
+    folder = Path(folder)
+    if like is not None and like.resolve() != folder.resolve():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG_NAME, FILE_NAME, PIECES):
+            if (like / name).is_file():
+                shutil.copyfile(like / name, folder / name)
+    tensors = decoder.state_dict()
+    write_weights(folder / DECODER_WEIGHTS, tensors, int8_rows=_large(tensors) if int8 else ())
+    configs.save(decoder.config, folder / DECODER_CONFIG)
 
 
 def _large(tensors: dict[str, torch.Tensor]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on, as batches: pictures, captions, and a sentence encoder's vectors."""
+"""What a tokenizer is trained on, as batches: pictures, captions, sentence vectors."""
 
 from __future__ import annotations
 

@@ -30,9 +30,7 @@ class _Stage(nn.Module):
         model.requires_grad_(False)
         for name in learning:
             part = getattr(model, name)
-            if isinstance(part, nn.Parameter):
-                part.requires_grad_(True)
-            elif part is not None:
+            if part is not None:
                 part.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Self:
@@ -78,9 +76,7 @@ class Stage1(_Stage):
 
     def __init__(self, model: SeedModel, *, teacher: float, generation: float) -> None:
         parts = ("qformer", "queries", "vision_norm", "contrast")
-        super().__init__(
-            model, learning=(*parts, "prepare_head", "head") if generation else parts
-        )
+        super().__init__(model, learning=(*parts, "prepare_head", "head") if generation else parts)
         self.teacher, self.generation = teacher, generation
 
     def forward(self, rgb: Tensor, batch: Mapping[str, Tensor], target: Tensor | None) -> Losses:
@@ -123,9 +119,7 @@ class Stage1(_Stage):
 class Stage2(_Stage):
     """Codebook and de-tokeniser (section 3.2): everything before the codes is frozen."""
 
-    def __init__(
-        self, model: SeedModel, *, codebook: CodebookConfig, weighting: Weighting
-    ) -> None:
+    def __init__(self, model: SeedModel, *, codebook: CodebookConfig, weighting: Weighting) -> None:
         learning = (
             "to_code", "quantizer", "from_code", "reconstruct", "prepare_head", "head"
         )  # fmt: skip
@@ -155,9 +149,7 @@ class Stage2(_Stage):
             target=target,
         )
         if self.training:
-            self.care.after(
-                book, z, quantised.codes, step=step, total=total, generator=generator
-            )
+            self.care.after(book, z, quantised.codes, step=step, total=total, generator=generator)
         return losses.total, {
             "quantisation": losses.quantisation.detach(),
             "reconstruction": losses.reconstruction.detach(),

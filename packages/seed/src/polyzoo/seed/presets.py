@@ -107,11 +107,11 @@ class TokenizerTrainConfig:
 
 
 def small_shape() -> SeedConfig:
-    """The embedded tokenizer: 16 codes of 512 an image, 64 pixels, a tower of 1.9 M."""
+    """The embedded tokenizer: 16 codes of 512 an image, 64 pixels, a tower of 1.6 M."""
     width = 128
     return SeedConfig(
         vision=VisionConfig(
-            image_size=64, patch_size=8, width=160, depth=6, heads=5, mlp_hidden=640
+            image_size=64, patch_size=8, width=160, depth=5, heads=5, mlp_hidden=640
         ),
         qformer=QFormerConfig(
             width=width, layers=4, heads=4, ffn=512, dropout=0.05, vocabulary=4096, max_text=32
@@ -227,7 +227,7 @@ def decoder() -> TokenizerTrainConfig:
         start=Path("models/seed-stage2"),
         model=small_shape(),
         augment="light",
-        decoder=DecoderConfig(context_width=128),
+        decoder=DecoderConfig(widths=(48, 96, 128), context_width=128),
         int8=True,
         train=replace(
             _run("decoder", steps=12000, batch=256, lr=1e-3, decay=0.01),
@@ -240,9 +240,7 @@ def paper() -> TokenizerTrainConfig:
     """The published recipe of stage 1 at full size; give --data.pairs, and BLIP-2's start."""
     return TokenizerTrainConfig(
         out=Path("models/seed-paper"),
-        model=SeedConfig(
-            qformer=QFormerConfig(vocabulary=30523, max_text=512), contrast_dim=256
-        ),
+        model=SeedConfig(qformer=QFormerConfig(vocabulary=30523, max_text=512), contrast_dim=256),
         augment="light",
         train=TrainConfig(
             run_dir=Path("runs/seed-paper"),

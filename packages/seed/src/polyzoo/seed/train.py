@@ -17,7 +17,7 @@ from polyzoo.seed.augment import beside, views
 from polyzoo.seed.bank import ImageBank
 from polyzoo.seed.codebook import CodebookHealth, plot_usage
 from polyzoo.seed.decoder import PixelDecoder
-from polyzoo.seed.folders import SeedParts, load_parts, save_parts
+from polyzoo.seed.folders import SeedParts, load_parts, save_decoder, save_parts
 from polyzoo.seed.material import Material, PictureBatches, gather
 from polyzoo.seed.model import SeedModel
 from polyzoo.seed.objective import (
@@ -58,8 +58,12 @@ class TokenizerTrainReport:
 
 def train_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainReport:
     """Run `train-tokenizer`; the same call resumes an interrupted run."""
+    return train_stage(config, gather(config))
+
+
+def train_stage(config: TokenizerTrainConfig, material: Material) -> TokenizerTrainReport:
+    """Train one stage on pictures that are in memory already."""
     seed_everything(config.train.seed)
-    material = gather(config)
     parts = _start(config, material)
     # These stages look at DINOv2: as the teacher, in the generator's target, or as the tower.
     target = _target(config) if _needs_target(config) else None
@@ -86,12 +90,12 @@ def _start(config: TokenizerTrainConfig, material: Material) -> SeedParts:
     if config.start is not None:
         return load_parts(config.start)
     shape = config.model
-    if shape.qformer.vocabulary and material.pieces is not None:
-        if shape.qformer.vocabulary != len(material.pieces):
-            raise ConfigError(
-                f"model.qformer.vocabulary={shape.qformer.vocabulary}, and data.prepared has "
-                f"{len(material.pieces)} pieces: set the same number"
-            )
+    pieces = 0 if material.pieces is None else len(material.pieces)
+    if pieces and shape.qformer.vocabulary not in (0, pieces):
+        raise ConfigError(
+            f"model.qformer.vocabulary={shape.qformer.vocabulary}, and data.prepared has {pieces} "
+            "pieces: set the same number"
+        )
     return SeedParts(config.out, SeedModel(shape), material.pieces, None)
 
 
@@ -230,16 +234,20 @@ def _finish(
         codes = codes_of(model, material.train)
         health = CodebookHealth.of(codes, entries=model.config.codes)
         plot_usage(codes, result.run_dir / "plots" / "codebook.png", entries=model.config.codes)
-    decoder = result.model.decoder if config.stage == "decoder" else parts.decoder
-    pieces = config.start if config.start is not None else config.data.prepared
-    file = None if pieces is None else pieces / "tokenizer.json"
-    save_parts(
-        config.out,
-        model.cpu(),
-        pieces=file if file is not None and file.is_file() else None,
-        decoder=decoder,
-        int8=config.int8,
-    )
+    if config.stage == "decoder":
+        assert config.start is not None  # noqa: S101 - the recipe was checked
+        # The very file: saving int8 rows again would change them a little, and with them codes.
+        save_decoder(config.out, result.model.decoder, like=config.start, int8=config.int8)
+    else:
+        pieces = config.start if config.start is not None else config.data.prepared
+        file = None if pieces is None else pieces / "tokenizer.json"
+        save_parts(
+            config.out,
+            model.cpu(),
+            pieces=file if file is not None and file.is_file() else None,
+            decoder=parts.decoder,
+            int8=config.int8,
+        )
     size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     return TokenizerTrainReport(
         out=str(config.out),

@@ -102,7 +102,7 @@ class SeedModel(nn.Module):
                 "load the model with SeedPipeline.from_pretrained, or call use_tower"
             )
         with torch.no_grad():
-            return self._tower[0](pixels)
+            return self._tower[0](pixels).to(self.queries.dtype)
 
     def context(self, features: Tensor) -> Tensor:
         """Normalise the tower's tokens in fp32, as `ln_vision` does, and cast back."""

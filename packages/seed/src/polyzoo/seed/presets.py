@@ -106,6 +106,121 @@ class TokenizerTrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """Low-rank adapters; the defaults are the published configuration but for `rows`."""
+
+    rank: int = 16
+    """Inner size of each adapter."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Before each adapter."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Endings of the names of adapted layers; all-linear takes every linear layer."""
+    rows: Literal["new", "all"] = "new"
+    """new trains the embeddings of image words only (a few MB); all trains and stores embeddings,
+    output layer and norms in full, as published."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"rank={self.rank} must be at least 1, alpha={self.alpha} above 0 and "
+                f"dropout={self.dropout} in [0, 1)"
+            )
+        if not self.targets:
+            raise ConfigError("targets=() adapts nothing; name layers, or all-linear")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallLanguageConfig:
+    """Our own small language model, trained from nothing on captions and codes."""
+
+    width: int = 160
+    """Channels."""
+    layers: int = 3
+    """Layers."""
+    heads: int = 5
+    """Attention heads; divides width."""
+    ffn: int = 320
+    """Inner width of the gated feed-forward layers."""
+    dropout: float = 0.1
+    """Of attention, while training."""
+
+    def __post_init__(self) -> None:
+        """Check the relations between fields."""
+        if self.heads < 1 or self.width % self.heads:
+            raise ConfigError(f"heads={self.heads} must divide width={self.width}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageDataConfig:
+    """What the language model learns from."""
+
+    pack: Path | None = None
+    """Icon pack; its pictures are tokenised first."""
+    pairs: Path | None = None
+    """Or a .jsonl file of image and caption."""
+    images: Path | None = None
+    """Folder of the files that pairs names."""
+    records: Path | None = None
+    """Or a .jsonl file of records with codes in them (captions, documents, questions, edits)."""
+    tokens: Path | None = None
+    """Folder of `polyzoo seed tokenize` with the codes of pack or pairs; tokenised here if not."""
+    text: Path | None = None
+    """Plain text to keep the model's own language; a paragraph a sample."""
+    text_share: float = 0.0
+    """Share of samples drawn from it."""
+    draw: float = 0.5
+    """Share of captions whose image comes second: text to image."""
+    mask_left: bool = True
+    """Count only the second half of a caption sample; the published pretraining counts all."""
+    max_length: int = 96
+    """Ids of a sample, at most."""
+    limit: int | None = None
+    """Use only so many pictures or records."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("draw", "text_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
+        if self.text_share and self.text is None:
+            raise ConfigError(f"text_share={self.text_share} needs text, a file of plain text")
+        if self.max_length < 8:
+            raise ConfigError(f"max_length={self.max_length} must be at least 8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageTrainConfig:
+    """Training of a language model that reads and writes a tokenizer's codes."""
+
+    out: Path = Path("models/seed-language")
+    """Folder of the model, or of its adapters."""
+    tokenizer: str = "embedded"
+    """SEED tokenizer: embedded, a folder, or a hub id."""
+    base: str = "small"
+    """small: our own, from nothing; or an asset (smollm2-135m), a folder, a hub id."""
+    small: SmallLanguageConfig = field(default_factory=SmallLanguageConfig)
+    """Shape of our own."""
+    adapters: AdapterConfig | None = None
+    """Train low-rank adapters of base; None trains all of it."""
+    data: LanguageDataConfig = field(default_factory=LanguageDataConfig)
+    """Samples."""
+    int8: bool = False
+    """Store a whole model's matrices as int8 with one scale a row."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The run."""
+
+    def __post_init__(self) -> None:
+        """Check the relations between parts."""
+        if self.base == "small" and self.adapters is not None:
+            raise ConfigError("adapters adapt a trained model; base='small' starts from nothing")
+        if self.train.lora is not None:
+            raise ConfigError("train.lora: set adapters instead, which also train image words")
+
+
 def small_shape() -> SeedConfig:
     """The embedded tokenizer: 16 codes of 512 an image, 64 pixels, a tower of 1.6 M."""
     width = 128
@@ -285,3 +400,53 @@ TOKENIZER_PRESETS = {
     "dinov2-stage2": dinov2_stage2,
     "paper": paper,
 }
+
+
+def small_language() -> LanguageTrainConfig:
+    """The embedded language model: 3 layers, 1.5 M parameters, 2 minutes on one H100."""
+    return LanguageTrainConfig(
+        out=Path("models/seed-language"),
+        data=LanguageDataConfig(max_length=64),
+        int8=True,
+        train=replace(
+            _run("language", steps=8000, batch=256, lr=2e-3, decay=0.05),
+            ema=EmaConfig(decay=0.999),
+            data=DataConfig(drop_last=True, workers=6),
+        ),
+    )
+
+
+def smollm2() -> LanguageTrainConfig:
+    """SmolLM2-135M with adapters, on one GPU; fetch the asset smollm2-135m first."""
+    return LanguageTrainConfig(
+        out=Path("models/seed-smollm2"),
+        base="smollm2-135m",
+        adapters=AdapterConfig(),
+        data=LanguageDataConfig(max_length=80),
+        train=replace(
+            _run("smollm2", steps=1500, batch=64, lr=1e-3, decay=0.0),
+            data=DataConfig(drop_last=True, workers=6),
+        ),
+    )
+
+
+def language_paper() -> LanguageTrainConfig:
+    """The published pretraining recipe; give --base and --data.records."""
+    return LanguageTrainConfig(
+        out=Path("models/seed-llama"),
+        base="lmsys/vicuna-7b-v1.5",
+        adapters=AdapterConfig(rows="all"),
+        data=LanguageDataConfig(mask_left=False, max_length=200),
+        train=TrainConfig(
+            run_dir=Path("runs/seed-llama"),
+            steps=30000,
+            batch_size=116,
+            grad_accum=4,
+            activation_checkpointing=True,
+            optim=OptimConfig(lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95), eps=1e-5),
+            schedule=ScheduleConfig(kind="cosine", warmup_fraction=0.03, final_fraction=0.05),
+        ),
+    )
+
+
+LANGUAGE_PRESETS = {"small": small_language, "smollm2": smollm2, "paper": language_paper}

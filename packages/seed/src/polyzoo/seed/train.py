@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyzoo.core.errors import ConfigError
-from polyzoo.core.log import get_logger
 from polyzoo.core.seeding import seed_everything
+from polyzoo.seed import language_training, tokenizer_stages
 from polyzoo.seed.asset_tower import load_dino
-from polyzoo.seed.augment import beside, views
-from polyzoo.seed.bank import ImageBank
-from polyzoo.seed.codebook import CodebookHealth, plot_usage
-from polyzoo.seed.decoder import PixelDecoder
-from polyzoo.seed.folders import SeedParts, load_parts, save_decoder, save_parts
+from polyzoo.seed.language_training import LanguageTrainReport
 from polyzoo.seed.material import Material, PictureBatches, gather
-from polyzoo.seed.model import SeedModel
-from polyzoo.seed.objective import (
-    DecoderStage,
-    GeneratorTarget,
-    Stage1,
-    Stage2,
-    TowerStage,
-    normalise,
-)
-from polyzoo.seed.presets import TokenizerTrainConfig
+from polyzoo.seed.presets import LanguageTrainConfig, TokenizerTrainConfig
+from polyzoo.seed.tokenizer_stages import At, TokenizerTrainReport
 from polyzoo.training import StepContext, StepOutput, Trainer
-
-_log = get_logger(__name__)
-
-_DINO_WIDTH = 384
-
-
-@dataclass(frozen=True)
-class TokenizerTrainReport:
-    """A finished stage."""
-
-    out: str
-    """Folder of the tokenizer."""
-    stage: str
-    run_dir: str
-    steps: int
-    pictures: int
-    metrics: dict[str, float]
-    """Of the last evaluation, on the validation split where there is one."""
-    codebook: CodebookHealth | None
-    """Over the training pictures, after stage 2."""
-    megabytes: float
-    """Size of the folder."""
-    failed: list[str] = field(default_factory=list)
-    """Pictures that could not be read, and why."""
 
 
 def train_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainReport:
@@ -64,231 +26,84 @@ def train_tokenizer(config: TokenizerTrainConfig) -> TokenizerTrainReport:
 def train_stage(config: TokenizerTrainConfig, material: Material) -> TokenizerTrainReport:
     """Train one stage on pictures that are in memory already."""
     seed_everything(config.train.seed)
-    parts = _start(config, material)
+    parts = tokenizer_stages.start(config, material)
+    frozen: dict[str, nn.Module] = {}
     # These stages look at DINOv2: as the teacher, in the generator's target, or as the tower.
-    target = _target(config) if _needs_target(config) else None
-    batches = PictureBatches(material, texts=config.stage == "stage1")
-    stage, step = _STAGES[config.stage](config, parts)
-    frozen = {"target": target} if target is not None else {}
+    if tokenizer_stages.needs_target(config):
+        frozen["target"] = target = tokenizer_stages.generator_target(config)
+        tower = target.teacher
+    elif parts.model.vision is None:
+        frozen["tower"] = tower = load_dino()
+    else:
+        tower = None
     if parts.model.vision is None:
-        if target is None:
-            frozen["tower"] = load_dino()
-        parts.model.use_tower(target.teacher if target is not None else frozen["tower"])
-    valid = material.valid
+        assert tower is not None  # noqa: S101 - loaded just now
+        parts.model.use_tower(tower)
+    batches = PictureBatches(material, texts=config.stage == "stage1")
+    stage, step = tokenizer_stages.STAGES[config.stage](config, parts)
+    evaluate = tokenizer_stages.evaluation(config, material.valid, material)
+
+    def step_fn(model: Any, batch: dict[str, Tensor], ctx: StepContext) -> StepOutput:
+        loss, metrics = step(model, batch, _at(ctx))
+        return StepOutput(loss=loss, metrics=metrics)
+
     result = Trainer(config.train).fit(
         model=stage,
-        step_fn=step,
+        step_fn=step_fn,
         train_data=batches,
         collate=batches.collate,
-        eval_fn=None if config.train.eval_every is None else _evaluation(config, valid, material),
+        eval_fn=None
+        if config.train.eval_every is None
+        else lambda model, ctx: evaluate(model, _at(ctx)),
         frozen=frozen,
     )
-    return _finish(config, material, parts, result)
-
-
-def _start(config: TokenizerTrainConfig, material: Material) -> SeedParts:
-    if config.start is not None:
-        return load_parts(config.start)
-    shape = config.model
-    pieces = 0 if material.pieces is None else len(material.pieces)
-    if pieces and shape.qformer.vocabulary not in (0, pieces):
-        raise ConfigError(
-            f"model.qformer.vocabulary={shape.qformer.vocabulary}, and data.prepared has {pieces} "
-            "pieces: set the same number"
-        )
-    return SeedParts(config.out, SeedModel(shape), material.pieces, None)
-
-
-def _needs_target(config: TokenizerTrainConfig) -> bool:
-    return config.stage in ("tower", "stage2") or (
-        config.stage == "stage1" and config.generation > 0
-    )
-
-
-def _target(config: TokenizerTrainConfig) -> GeneratorTarget:
-    return GeneratorTarget(
-        load_dino(), thumbnail=config.thumbnail, teacher_size=config.teacher_size
-    )
-
-
-Step = Callable[[Any, Any, StepContext], StepOutput]
-
-
-def _tower(config: TokenizerTrainConfig, parts: SeedParts) -> tuple[nn.Module, Step]:
-    stage = TowerStage(parts.model, teacher_width=_DINO_WIDTH)
-
-    def step(model: Any, batch: dict[str, Tensor], ctx: StepContext) -> StepOutput:
-        generator = ctx.generator
-        images = beside(batch["images"], generator=generator, share=0.3)
-        rgb = views(images, strength=config.augment, generator=generator)
-        loss, metrics = model(rgb, ctx.frozen["target"].tokens(rgb))  # pyright: ignore[reportCallIssue]
-        return StepOutput(loss=loss, metrics=metrics)
-
-    return stage, step
-
-
-def _stage1(config: TokenizerTrainConfig, parts: SeedParts) -> tuple[nn.Module, Step]:
-    if parts.model.contrast is None or not parts.model.config.qformer.vocabulary:
-        raise ConfigError("stage1 needs model.contrast_dim and model.qformer.vocabulary above 0")
-    stage = Stage1(parts.model, teacher=config.teacher_text, generation=config.generation)
-
-    def step(model: Any, batch: dict[str, Tensor], ctx: StepContext) -> StepOutput:
-        rgb = views(batch["images"], strength=config.augment, generator=ctx.generator)
-        target = ctx.frozen["target"](rgb) if config.generation else None
-        loss, metrics = model(rgb, batch, target)
-        return StepOutput(loss=loss, metrics=metrics)
-
-    return stage, step
-
-
-def _stage2(config: TokenizerTrainConfig, parts: SeedParts) -> tuple[nn.Module, Step]:
-    stage = Stage2(parts.model, codebook=config.codebook, weighting=config.weighting)
-    total = config.train.steps or 10**9
-
-    def step(model: Any, batch: dict[str, Tensor], ctx: StepContext) -> StepOutput:
-        generator = ctx.generator
-        rgb = views(batch["images"], strength=config.augment, generator=generator)
-        loss, metrics = model(
-            rgb, ctx.frozen["target"](rgb), step=ctx.step, total=total, generator=generator
-        )
-        return StepOutput(loss=loss, metrics=metrics)
-
-    return stage, step
-
-
-def _decoder(config: TokenizerTrainConfig, parts: SeedParts) -> tuple[nn.Module, Step]:
-    stage = DecoderStage(parts.model, parts.decoder or PixelDecoder(config.decoder))
-
-    def step(model: Any, batch: dict[str, Tensor], ctx: StepContext) -> StepOutput:
-        generator = ctx.generator
-        rgb = views(batch["images"], strength=config.augment, generator=generator)
-        loss, metrics = model(rgb, generator=generator)
-        return StepOutput(loss=loss, metrics=metrics)
-
-    return stage, step
-
-
-_STAGES: dict[str, Callable[..., tuple[nn.Module, Step]]] = {
-    "tower": _tower,
-    "stage1": _stage1,
-    "stage2": _stage2,
-    "decoder": _decoder,
-}
-
-
-def _evaluation(
-    config: TokenizerTrainConfig, valid: ImageBank | None, material: Material
-) -> Callable[[Any, StepContext], dict[str, float]]:
-    bank = valid or material.train
-    images = torch.from_numpy(bank.images[:512])
-
-    def evaluate(module: Any, ctx: StepContext) -> dict[str, float]:
-        rgb = views(images.to(ctx.device), strength="none", generator=ctx.generator)
-        if config.stage == "tower":
-            _, parts = module(rgb, ctx.frozen["target"].tokens(rgb))  # pyright: ignore[reportCallIssue]
-            return {name: float(value) for name, value in parts.items()}
-        if config.stage == "decoder":
-            loss, _ = module(rgb, generator=ctx.generator)
-            return {"flow": float(loss)}
-        return _retrieval(config, module, rgb, bank, material)
-
-    return evaluate
-
-
-def _retrieval(
-    config: TokenizerTrainConfig, module: Any, rgb: Tensor, bank: ImageBank, material: Material
-) -> dict[str, float]:
-    model: SeedModel = module.model
-    causal = model.embed(model.features(normalise(rgb, model)))
-    found = {"embeddings": causal}
-    result: dict[str, float] = {}
-    if config.stage == "stage2":
-        codes = model.quantise(causal).codes
-        decoded = model.decode(codes).causal
-        assert decoded is not None  # noqa: S101 - checked when the stage was built
-        found["codes"] = decoded
-        result["used"] = float(len(codes.unique()) / model.config.codes)
-    if model.contrast is None or material.pieces is None:
-        return result
-    # One caption a concept, so that styles of one concept do not compete.
-    texts = {int(m): bank.captions[i][0] for i, m in enumerate(bank.meanings[: len(rgb)])}
-    ids, mask = material.pieces.encode(list(texts.values()), length=32)
-    captions = model.text_vectors(ids.to(rgb.device), mask.to(rgb.device))
-    own = torch.tensor([list(texts).index(int(m)) for m in bank.meanings[: len(rgb)]])
-    for name, states in found.items():
-        scores = (model.image_vectors(states) @ captions.T).float().cpu()
-        rank = (scores > scores.gather(1, own[:, None])).sum(1)
-        result[f"{name}_recall_1"] = float((rank < 1).float().mean())
-        result[f"{name}_recall_10"] = float((rank < 10).float().mean())
-    return result
-
-
-def _finish(
-    config: TokenizerTrainConfig, material: Material, parts: SeedParts, result: Any
-) -> TokenizerTrainReport:
-    model = parts.model
-    device = next(result.model.parameters()).device
-    model.to(device).eval()
-    health = None
-    if config.stage == "stage2":
-        codes = codes_of(model, material.train)
-        health = CodebookHealth.of(codes, entries=model.config.codes)
-        plot_usage(codes, result.run_dir / "plots" / "codebook.png", entries=model.config.codes)
-    if config.stage == "decoder":
-        assert config.start is not None  # noqa: S101 - the recipe was checked
-        # The very file: saving int8 rows again would change them a little, and with them codes.
-        save_decoder(config.out, result.model.decoder, like=config.start, int8=config.int8)
-    else:
-        pieces = config.start if config.start is not None else config.data.prepared
-        file = None if pieces is None else pieces / "tokenizer.json"
-        save_parts(
-            config.out,
-            model.cpu(),
-            pieces=file if file is not None and file.is_file() else None,
-            decoder=parts.decoder,
-            int8=config.int8,
-        )
-    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
-    return TokenizerTrainReport(
-        out=str(config.out),
-        stage=config.stage,
-        run_dir=str(result.run_dir),
+    return tokenizer_stages.finish(
+        config,
+        material,
+        parts,
+        module=result.model,
+        run_dir=result.run_dir,
         steps=result.step,
-        pictures=len(material.train),
         metrics=result.metrics,
-        codebook=health,
-        megabytes=round(size / 2**20, 2),
-        failed=list(material.train.failed),
     )
 
 
-@torch.no_grad()
-def codes_of(model: SeedModel, bank: ImageBank, *, batch: int = 512) -> Tensor:
-    """Return the codes (n, tokens) of all pictures of a bank, laid on white."""
-    device = model.queries.device
-    generator = torch.Generator(device)
-    found = []
-    for start in range(0, len(bank), batch):
-        images = torch.from_numpy(bank.images[start : start + batch]).to(device)
-        rgb = views(images, strength="none", generator=generator)
-        found.append(model.encode(normalise(rgb, model)).cpu())
-    return torch.cat(found)
+def train_language(config: LanguageTrainConfig) -> LanguageTrainReport:
+    """Run `train-lm`; the same call resumes an interrupted run."""
+    seed_everything(config.train.seed)
+    parts = language_training.prepare(config)
 
-
-def render(report: TokenizerTrainReport) -> str:
-    """The report for people."""
-    lines = [
-        f"{report.out}: {report.stage}, {report.megabytes} MiB after {report.steps} steps on "
-        f"{report.pictures} pictures"
-    ]
-    if report.metrics:
-        lines.append(", ".join(f"{k} {v:.4g}" for k, v in report.metrics.items()))
-    if report.codebook is not None:
-        health = report.codebook
-        lines.append(
-            f"codebook: {health.used} of {health.codes} entries used, perplexity "
-            f"{health.perplexity:.0f}: {health.verdict}"
+    def step_fn(model: Any, batch: dict[str, Tensor], ctx: StepContext) -> StepOutput:  # noqa: ARG001
+        counted = (batch["labels"][:, 1:] != language_training.IGNORED).sum()
+        loss = language_training.loss_of(model, batch)
+        metrics = {"images_cut": batch["cut"].float(), "filtered": batch["filtered"].float()}
+        return StepOutput(
+            loss=loss, metrics=metrics, weight=counted, tokens=batch["attention_mask"].sum()
         )
-    if report.failed:
-        lines.append(f"{len(report.failed)} pictures left out, first: {report.failed[0]}")
-    return "\n".join(lines)
+
+    recipe = config.train
+    if parts.valid is None:
+        recipe = replace(recipe, eval_every=None)
+    result = Trainer(recipe).fit(
+        model=parts.language.model,
+        step_fn=step_fn,
+        train_data=parts.train,
+        collate=parts.collate,
+        eval_fn=None
+        if parts.valid is None
+        else lambda model, ctx: language_training.validate(model, parts, ctx.device),
+    )
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return language_training.finish(
+        config,
+        parts,
+        model=result.model,
+        run_dir=result.run_dir,
+        steps=result.step,
+        metrics=result.metrics,
+        memory=memory,
+    )
+
+
+def _at(ctx: StepContext) -> At:
+    return At(step=ctx.step, generator=ctx.generator, frozen=ctx.frozen)

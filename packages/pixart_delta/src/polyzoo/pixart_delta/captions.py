@@ -94,6 +94,24 @@ class PackedCaptions:
         """The same on another device or in another dtype."""
         return replace(self, tokens=self.tokens.to(device, dtype))
 
+    def replaced(self, drop: Tensor, null: Tensor, *, keep_lengths: bool) -> PackedCaptions:
+        """The captions with `null` `(n, c)` in the rows that `drop` `(k,)` marks.
+
+        Args:
+            drop: bool.
+            null: Replacement.
+            keep_lengths: Whether a replaced row keeps its length, as the official training does;
+                `null` must then be long enough.
+        """
+        null = null.to(self.tokens)
+        parts = [
+            (null[: len(part)] if keep_lengths else null) if dropped else part
+            for part, dropped in zip(
+                self.tokens.split(list(self.lengths)), drop.tolist(), strict=True
+            )
+        ]
+        return PackedCaptions(torch.cat(parts), tuple(len(part) for part in parts))
+
     def padded(self, length: int | None = None) -> tuple[Tensor, Tensor]:
         """States `(k, n, c)` padded with zeros, and their int64 mask `(k, n)`."""
         n = length or self.longest
@@ -110,6 +128,38 @@ class PackedCaptions:
         return CuSeqlens.from_lengths(
             [queries] * len(self), list(self.lengths), device=self.tokens.device
         )
+
+
+@dataclass(frozen=True)
+class RowCaptions:
+    """Captions in rows of one length: what a compiled or captured step needs.
+
+    What stands beyond a caption's length is not seen by the images.
+    """
+
+    states: Tensor
+    """`(k, n, c)`."""
+    kv_lens: Tensor
+    """int32 `(k,)`."""
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def replaced(self, drop: Tensor, null: Tensor, *, keep_lengths: bool) -> RowCaptions:
+        """The captions with `null` `(n', c)` in the rows that `drop` `(k,)` marks.
+
+        Args:
+            drop: bool.
+            null: Replacement; cut or padded with zeros to n.
+            keep_lengths: Whether a replaced row keeps its length, as the official training does.
+        """
+        n = self.states.shape[1]
+        row = self.states.new_zeros(n, self.states.shape[2])
+        row[: len(null)] = null[:n].to(row)
+        lens = self.kv_lens
+        if not keep_lengths:
+            lens = torch.where(drop, torch.full_like(lens, min(len(null), n)), lens)
+        return RowCaptions(torch.where(drop[:, None, None], row, self.states), lens)
 
 
 def join(parts: Sequence[PackedCaptions]) -> PackedCaptions:

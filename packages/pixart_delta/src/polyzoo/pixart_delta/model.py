@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.pixart_delta.blocks import PixArtBlock, TextKeys, TextLengths, modulate
-from polyzoo.pixart_delta.captions import PackedCaptions
+from polyzoo.pixart_delta.captions import PackedCaptions, RowCaptions
 from polyzoo.pixart_delta.config import PixArtConfig
 from polyzoo.pixart_delta.control import Control, ControlBranch
 from polyzoo.pixart_delta.position import SCALAR_CHANNELS, position_table, scalar_embedding
@@ -173,7 +173,11 @@ class PixArtTransformer(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.proj_out.bias)
 
     def remember(
-        self, captions: PackedCaptions, *, queries: int, branch: ControlBranch | None = None
+        self,
+        captions: PackedCaptions | RowCaptions,
+        *,
+        queries: int,
+        branch: ControlBranch | None = None,
     ) -> TextMemory:
         """Work out what the blocks keep of the captions, for any number of steps.
 
@@ -185,26 +189,53 @@ class PixArtTransformer(ModelMixin, ConfigMixin):
         Raises:
             DataError: The captions come from another text encoder.
         """
+        rows = isinstance(captions, RowCaptions)
+        given = (captions.states if rows else captions.tokens).shape[-1]
         channels = self.shape.caption_channels
-        if captions.tokens.shape[1] != channels:
+        if given != channels:
             known = {4096: " (T5-v1.1-XXL)", 256: " (word vectors)"}.get(channels, "")
             raise DataError(
-                f"captions have {captions.tokens.shape[1]} channels; this transformer expects "
-                f"{channels}{known}: encode them with the text encoder it was trained with"
+                f"captions have {given} channels; this transformer expects {channels}{known}: "
+                "encode them with the text encoder it was trained with"
             )
-        text = self.caption_projection(captions.tokens)
-        rows = len(captions) if captions.uniform else None
+        if rows:
+            return self.remember_rows(captions.states, captions.kv_lens, branch=branch)
         lengths = TextLengths(packed=None if captions.uniform else captions.seqlens(queries))
+        count = len(captions) if captions.uniform else None
+        return self._memory(captions.tokens, count, lengths, len(captions), branch)
+
+    def remember_rows(
+        self, states: Tensor, kv_lens: Tensor | None, *, branch: ControlBranch | None = None
+    ) -> TextMemory:
+        """The same for captions in rows of one length, as a compiled or captured step needs them.
+
+        Args:
+            states: `(b, n, caption_channels)`; what stands beyond a caption's length is not seen.
+            kv_lens: int32 `(b,)`, or None where every row is full.
+            branch: The control branch, where one is used.
+        """
+        b = len(states)
+        return self._memory(states.flatten(0, 1), b, TextLengths(kv_lens=kv_lens), b, branch)
+
+    def _memory(
+        self,
+        tokens: Tensor,
+        rows: int | None,
+        lengths: TextLengths,
+        batch: int,
+        branch: ControlBranch | None,
+    ) -> TextMemory:
+        text = self.caption_projection(tokens)
         blocks, copies = (
             tuple(block.attn2.remember(text, rows=rows) for block in group)
             for group in (self.transformer_blocks, branch.copies() if branch is not None else ())
         )
-        return TextMemory(blocks, lengths, len(captions), copies)
+        return TextMemory(blocks, lengths, batch, copies)
 
     def forward(
         self,
         latents: Tensor,
-        captions: PackedCaptions | TextMemory,
+        captions: PackedCaptions | RowCaptions | TextMemory,
         conditions: Conditions,
         *,
         control: Control | None = None,
@@ -234,11 +265,32 @@ class PixArtTransformer(ModelMixin, ConfigMixin):
         )
         if self.shape.multi_scale:
             conditions = fill_conditions(conditions, latents)
-        condition, embedded = self.adaln_single(conditions)
         position = self.position(rows, columns, latents.device)
+        return self.denoise(latents, position, text, conditions, control)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        position: Tensor,
+        text: TextMemory,
+        conditions: Conditions,
+        control: Control | None = None,
+    ) -> Tensor:
+        """`forward` after its checks: tensor work alone, fit for torch.compile.
+
+        Args:
+            latents: `(b, 4, H, W)`.
+            position: `(n, c)`, as `position` gives it.
+            text: As `remember` gives it.
+            conditions: Complete: an MS model needs size and ratio.
+            control: Branch and control latents.
+        """
+        rows, columns = (side // self.shape.patch_size for side in latents.shape[2:])
+        condition, embedded = self.adaln_single(conditions)
         x = self.embed(latents, position)
+        state = x
         if control is not None:
-            state = self.embed(control.latents.to(x.dtype), position)
+            state = self.embed(control.latents, position)
         for index, block in enumerate(self.transformer_blocks):
             if control is not None and 0 < index <= len(control.branch.controlnet_blocks):
                 state, skip = control.branch.controlnet_blocks[index - 1](
@@ -322,7 +374,7 @@ def fuse_block(block: PixArtBlock) -> None:
     block.attn2.join(("to_k", "to_v"))
 
 
-def len_of(captions: PackedCaptions | TextMemory) -> int:
+def len_of(captions: PackedCaptions | RowCaptions | TextMemory) -> int:
     """Number of captions."""
     return captions.batch if isinstance(captions, TextMemory) else len(captions)
 

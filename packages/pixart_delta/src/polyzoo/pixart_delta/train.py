@@ -135,6 +135,8 @@ def _train_vae(config: PixArtTrainConfig, material: Material) -> tuple[TrainResu
     result = _fit(config, material, build, step)
     vae: Any = result.model
     vae.eval().float()
+    for part in (vae.encoder, vae.decoder):
+        part._compiled_call_impl = None  # a last look is not worth compiling for
     device = next(vae.parameters()).device
     held = material.held.to(device)
     with torch.no_grad():

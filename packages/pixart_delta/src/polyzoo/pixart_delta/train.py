@@ -126,10 +126,11 @@ def _train_vae(config: PixArtTrainConfig, material: Material) -> tuple[TrainResu
         return vae
 
     def step(model: Any, indices: Tensor, ctx: StepContext) -> StepOutput:
+        generator = ctx.generator
         images = to_unit(ctx.frozen["data"].images[indices])  # pyright: ignore[reportIndexIssue]
-        flip = torch.rand(len(images), generator=ctx.generator, device=ctx.device) < 0.5
+        flip = torch.rand(len(images), generator=generator, device=ctx.device) < 0.5
         images = torch.where(flip[:, None, None, None], images.flip(3), images)
-        objective = vae_objective(model, images, ctx.generator, config.vae)
+        objective = vae_objective(model, images, generator, config.vae)
         return StepOutput(loss=objective.loss, metrics=objective.metrics)
 
     result = _fit(config, material, build, step)
@@ -161,9 +162,10 @@ def _train_base(
         return compiled(model, config)
 
     def step(model: Any, data: Any, ctx: StepContext) -> StepOutput:
-        batch = material.batch(data, ctx.frozen, ctx.generator)
+        generator = ctx.generator  # a fresh one each time it is asked for: ask once
+        batch = material.batch(data, ctx.frozen, generator)
         draws = draw(
-            batch, ctx.generator, positions=STEPS, caption_dropout=config.noise.caption_dropout
+            batch, generator, positions=STEPS, caption_dropout=config.noise.caption_dropout
         )
         objective = noise_objective(
             network_of(model), batch, draws, config.noise, _null(material, config.noise.null, batch)
@@ -194,9 +196,10 @@ def _train_lcm(
     def step(model: Any, data: Any, ctx: StepContext) -> StepOutput:
         if ctx.step and not ctx.micro_step:
             model.follow(recipe.ema_decay)
-        batch = material.batch(data, ctx.frozen, ctx.generator)
+        generator = ctx.generator  # a fresh one each time it is asked for: ask once
+        batch = material.batch(data, ctx.frozen, generator)
         draws = draw(
-            batch, ctx.generator, positions=recipe.grid_steps,
+            batch, generator, positions=recipe.grid_steps,
             caption_dropout=recipe.caption_dropout,
         )  # fmt: skip
         objective = lcm_objective(
@@ -233,9 +236,10 @@ def _train_lora(
     def step(model: Any, data: Any, ctx: StepContext) -> StepOutput:
         if config.compile and "denoise" not in vars(model.get_base_model()):
             compiled(model.get_base_model(), config)
-        batch = material.batch(data, ctx.frozen, ctx.generator)
+        generator = ctx.generator  # a fresh one each time it is asked for: ask once
+        batch = material.batch(data, ctx.frozen, generator)
         draws = draw(
-            batch, ctx.generator, positions=recipe.grid_steps,
+            batch, generator, positions=recipe.grid_steps,
             caption_dropout=recipe.caption_dropout,
         )  # fmt: skip
         network = network_of(model.get_base_model())
@@ -267,18 +271,19 @@ def _train_control(
         return ControlBranch.copy_of(model.float(), config.control)
 
     def step(model: Any, data: Any, ctx: StepContext) -> StepOutput:
-        batch = material.batch(data, ctx.frozen, ctx.generator)
+        generator = ctx.generator  # a fresh one each time it is asked for: ask once
+        batch = material.batch(data, ctx.frozen, generator)
         network = network_of(ctx.frozen["base"], model)
         if config.control_objective == "noise":
             draws = draw(
-                batch, ctx.generator, positions=STEPS, caption_dropout=config.noise.caption_dropout
+                batch, generator, positions=STEPS, caption_dropout=config.noise.caption_dropout
             )
             null = _null(material, config.noise.null, batch)
             objective = noise_objective(network, batch, draws, config.noise, null)
         else:
             recipe = config.lcm
             draws = draw(
-                batch, ctx.generator, positions=recipe.grid_steps,
+                batch, generator, positions=recipe.grid_steps,
                 caption_dropout=recipe.caption_dropout,
             )  # fmt: skip
             null = _null(material, recipe.null, batch)

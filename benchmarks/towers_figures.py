@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from polyzoo.core.assets import is_present
 from polyzoo.core.icons import IconPack
 from polyzoo.core.icons.records import CORE_GROUPS
+from polyzoo.core.icons.sources import STYLES
 from polyzoo.towers import (
     Conse,
     PromptJudge,
@@ -52,10 +54,23 @@ def cosines() -> Iterator[Row]:
             yield {"figure": "cosine", "tower": name, "texts": [one, other], "value": float(a @ b)}
 
 
+def labels_found(icons: Path, images: int) -> Iterator[Row]:
+    """How often the judge finds the label of a real picture that nothing was trained on."""
+    pack = IconPack.open(icons)
+    judge = PromptJudge.load(load_dinov2(), load_text_tower("minilm"))
+    for split in ("reserved-concept", "reserved-combination"):
+        for style in STYLES:
+            held = pack.subset(split=split, styles=[style], groups=(*CORE_GROUPS, None))[:images]
+            if not held:  # clip art has no combinations
+                continue
+            labels = [pack.records[index].label for index in held]
+            found = judge.retrieval([pack.rgb(index) for index in held], labels)
+            yield {"figure": "label", "split": split, "style": style, **asdict(found)}
+
+
 def styles(icons: Path, images: int) -> Iterator[Row]:
-    """Kernel distance between halves of one style and between styles; retrieval of labels."""
+    """Kernel distance between halves of one style and between styles."""
     pack, model = IconPack.open(icons), load_dinov2()
-    judge = PromptJudge.load(model, load_text_tower("minilm"))
     chance = random.Random(0)
     tokens: dict[str, Tensor] = {}
     for style in ("fluent-3d", "noto", "clipart"):
@@ -66,18 +81,6 @@ def styles(icons: Path, images: int) -> Iterator[Row]:
         half = len(chosen) // 2
         value = kernel_distance(tokens[style][:half], tokens[style][half:])
         yield {"figure": "kernel distance", "between": [style, style], "each": half, "value": value}
-        held = pack.subset(split="reserved-concept", styles=[style], groups=(*CORE_GROUPS, None))[
-            :images
-        ]
-        labels = [pack.records[index].label for index in held]
-        found = judge.retrieval([pack.rgb(index) for index in held], labels)
-        yield {
-            "figure": "label of unseen concepts",
-            "style": style,
-            "pictures": found.pictures,
-            "names": found.candidates,
-            "recall": found.recall,
-        }
     for one, other in (("fluent-3d", "noto"), ("noto", "clipart"), ("fluent-3d", "clipart")):
         value = kernel_distance(tokens[one], tokens[other])
         yield {
@@ -151,7 +154,8 @@ def main() -> None:
     images = 12 if arguments.quick else arguments.images
     parts: list[tuple[tuple[str, ...], Iterator[Row]]] = [(("minilm", "wordllama"), cosines())]
     if arguments.icons:
-        parts.append((("minilm", "dinov2-small"), styles(arguments.icons, images)))
+        parts.append((("dinov2-small",), styles(arguments.icons, images)))
+        parts.append((("minilm", "dinov2-small"), labels_found(arguments.icons, images)))
     if arguments.photos:
         needed = ("minilm", "wordllama", "efficientnet-lite0", "dinov2-small")
         parts.append((needed, photographs(arguments.photos)))

@@ -24,7 +24,7 @@ class ExplainConfig:
     v: str | None = None
     """Shape of the values; that of the keys if left out."""
     device: str = "cpu"
-    """Where the call runs."""
+    """Where the call runs: cpu, cuda, or a GPU supposed to be here, as sm_75 (Turing)."""
     dtype: Literal["fp16", "bf16", "fp32", "fp64"] = "fp32"
     """Dtype of queries, keys and values."""
     causal: bool = False

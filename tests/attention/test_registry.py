@@ -375,6 +375,10 @@ class TestCommands:
         assert lines[0] == "no backend serves this call"
         assert [line.split(":")[0] for line in lines[1:]] == ["  not sdpa", "  not reference"]
 
+    def test_explain_supposes_a_gpu(self):
+        answer = explain_call(ExplainConfig(q="2,16,4096,72", dtype="fp16", device="sm_75"))
+        assert "triton: needs sm_80, this is sm_75" in answer.reasons
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [

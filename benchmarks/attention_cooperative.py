@@ -60,7 +60,6 @@ class Bench:
         self.a = arguments
         self.device: str = arguments.device
         self.threads = len(os.sched_getaffinity(0))
-        self.lines: list[dict[str, Any]] = []
         self.per_key = 2 * HK * D * DTYPE.itemsize
         self.whole = arguments.tokens * arguments.layers * self.per_key
         self.cap = int(arguments.share * self.whole)
@@ -72,7 +71,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def say(self, way: str, phase: str, seconds: float, tokens: int, **more: Any) -> None:
-        """Print a line and keep it."""
+        """Keep the line of one measurement."""
         line = {
             "way": way,
             "phase": phase,
@@ -88,8 +87,14 @@ class Bench:
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "torch": torch.__version__,
         }
+        self.keep(line)
+
+    def keep(self, line: dict[str, Any]) -> None:
+        """Print a line and append it to the file, if there is one."""
         print(json.dumps(line), flush=True)
-        self.lines.append(line)
+        if self.a.out:
+            with Path(self.a.out).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def prefill(self, cache: CooperativeCache) -> None:
         """Fill the cache; check some rows of the last chunk."""
@@ -214,13 +219,16 @@ class Bench:
                     shares = cache.shares
                     assert shares is not None
                     self.measured = shares.streamed
-                    self.lines[-1] |= {
-                        "streamed_share": round(shares.streamed, 3),
-                        "bus_gb_s": round(shares.bus / 1e9, 2),
-                        "host_gb_s": round(shares.host / 1e9, 2),
-                        "peak_gb": self.peak(),
-                    }
-                    print(json.dumps(self.lines[-1]), flush=True)
+                    self.keep(
+                        {
+                            "way": way,
+                            "phase": "division",
+                            "streamed_share": round(shares.streamed, 3),
+                            "bus_gb_s": round(shares.bus / 1e9, 2),
+                            "host_gb_s": round(shares.host / 1e9, 2),
+                            "decode_peak_gb": self.peak(),
+                        }
+                    )
         del cache
         self.others()
 
@@ -235,7 +243,7 @@ class Bench:
             )
             expected = attention(q.float(), *whole)
             worst = max(worst, float((out.float() - expected).abs().max()))
-        print(json.dumps({"check": "decode against fp32", "largest_difference": worst}), flush=True)
+        self.keep({"phase": "decode against fp32", "largest_difference": worst})
         if worst > 2e-3:
             raise SystemExit(f"decoding differs by {worst}")
 
@@ -328,9 +336,6 @@ def main() -> None:
     print(json.dumps({"cpu": platform.processor(), "threads": bench.threads}), flush=True)
     with torch.no_grad():
         bench.run()
-    if arguments.out:
-        with Path(arguments.out).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in bench.lines)
 
 
 if __name__ == "__main__":

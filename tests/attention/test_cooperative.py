@@ -194,6 +194,17 @@ class TestHost:
         decoder.close()
 
     @pytest.mark.parametrize("native", NATIVE)
+    def test_long_blocks_are_several_tasks(self, native: bool):
+        q, k = random(1, 2, 1, 16), random(1, 1, 9001, 16, seed=1)
+        v = random(1, 1, 9001, 16, seed=2)
+        out, lse = HostDecoder(3, native=native).start(q, [KeyBlock(k, v)]).result()
+        expected = attention(
+            q.double(), k.double(), v.double(), return_lse=True, backend="reference"
+        )
+        torch.testing.assert_close(out.double(), expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse.double(), expected[1], rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("native", NATIVE)
     def test_very_unequal_scores(self, native: bool):
         q, k = random(1, 1, 1, 32) * 100, random(1, 1, 600, 32, seed=1)
         blocks = [KeyBlock(k[:, :, :300].contiguous(), k[:, :, :300].contiguous())]

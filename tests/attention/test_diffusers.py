@@ -191,6 +191,13 @@ class TestPaddingAsLengths:
         assert lengths is not None
         assert lengths.tolist() == LENGTHS.tolist()
 
+    def test_boolean_masks(self):
+        mask = torch.arange(6) < torch.tensor([6, 0, 4])[:, None]
+        lengths = kv_lens_of(mask)
+        assert lengths is not None
+        assert lengths.tolist() == [6, 0, 4]
+        assert kv_lens_of(mask.flip(1)) is None
+
     @pytest.mark.parametrize(
         "row", [[-1e4, 0.0, 0.0], [-1e4, -1e4, -1e4], [0.0, -1e4, 0.0], [0.0, -1.0, -1e4]]
     )

@@ -100,7 +100,7 @@ class HostDecoder:
         Raises:
             ValueError: `native=True` and there is no C++ compiler.
         """
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _cores()
         if native and _compiler() is None:
             raise ValueError(
                 "native=True needs a C++ compiler (c++, g++ or clang++, or one named by the "
@@ -108,6 +108,7 @@ class HostDecoder:
             )
         self._native = native
         self._pool: ThreadPoolExecutor | None = None
+        self._owner = os.getpid()
 
     def start(
         self, q: Tensor, blocks: Sequence[KeyBlock], *, scale: float | None = None
@@ -122,7 +123,8 @@ class HostDecoder:
         Returns:
             Wait on its `result()`. The blocks must not change before.
         """
-        if self._pool is None:
+        if self._pool is None or self._owner != os.getpid():  # a fork has none of the threads
+            self._owner = os.getpid()
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="host-decode")
         factor: float = q.shape[3] ** -0.5 if scale is None else scale
         library = None
@@ -272,6 +274,13 @@ def _library(element: int, dim: int) -> ctypes.CDLL | None:
         return None
     library.work.restype = None
     return library
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu() -> str:

@@ -351,13 +351,12 @@ class CooperativeCache:
         size = sum(part.numel() * part.element_size() for part in (blocks[0].k, blocks[0].v))
         parts = [block.part() for block in blocks]
         self._decoder.start(host_q, parts).result()  # compiles, starts threads, touches pages
+        staged.bring(blocks)()
         torch.cuda.synchronize(self.device)
+        bringing = staged.bring(blocks)
         started = time.perf_counter()
-        pending = self._decoder.start(host_q, parts)
-        mark = staged.bring(blocks)
-        pending.result()
+        self._decoder.start(host_q, parts).result()
         host = len(blocks) * size / (time.perf_counter() - started)
-        mark.synchronize()
-        bus = len(blocks) * size / (time.perf_counter() - started)
+        bus = len(blocks) * size / bringing()
         self._shares = Shares(bus / (bus + host), bus, host)
         return self._shares

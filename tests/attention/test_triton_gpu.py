@@ -226,15 +226,12 @@ def test_front_door_takes_it():
     assert k.grad is not None
 
 
-def test_packed_calls_by_name_only():
+def test_packed_calls():
     q, k, v = (t.detach() for t in make(1, 2, 100, 72))
     lengths = CuSeqlens.from_lengths([60, 0, 40], device=DEVICE)
-    choice = explain(q, k, v, cu_seqlens=lengths)
-    assert name_of(choice) == "sdpa"
-    assert choice.reasons[0].startswith("triton: by name only for packed calls: ")
-    assert name_of(explain(q, k, v, cu_seqlens=lengths, backend="triton")) == "triton"
-    with use_backend("triton"):
-        assert name_of(explain(q, k, v, cu_seqlens=lengths)) == "triton"
+    assert name_of(explain(q, k, v, cu_seqlens=lengths)) == "triton"
+    with use_backend("sdpa"):
+        assert name_of(explain(q, k, v, cu_seqlens=lengths)) == "sdpa"
     out = attention(q, k, v, cu_seqlens=lengths, backend="triton")
     alone = [attention(*(t[:, :, s] for t in (q, k, v)), backend="triton") for s in PARTS]
     assert (out - torch.cat(alone, dim=2)).abs().max() < 1e-2

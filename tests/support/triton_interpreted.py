@@ -21,8 +21,9 @@ from polyzoo.attention import operators, triton
 from polyzoo.attention.kernels import launch_decode, launch_short
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import backward
-from polyzoo.attention.kernels.mask_tiles import classify_mask, mask_tiles, packed_schedule
+from polyzoo.attention.kernels.mask_tiles import classify_mask, mask_tiles
 from polyzoo.attention.kernels.problem import Problem, heads_last
+from polyzoo.attention.kernels.schedules import packed_schedule
 from polyzoo.attention.types import Call
 from support.attention_oracle import (
     exact,
@@ -116,7 +117,7 @@ def operator_checks() -> dict[str, object]:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 18, 16, requires_grad=True) for _ in range(3))
     bias = torch.randn(1, 1, 18, 18, requires_grad=True)
-    rest = (None, None, None, None, None, None, None, 0, 0, 0.25, -1, 0, 0.0, False)
+    rest = (None,) * 7 + (0, 0, 0.25, -1, 0, 0.0, "triton", False)
     report: dict[str, object] = {}
     for name, added in (("plain", None), ("bias", bias)):
         checks = torch.library.opcheck(operators.attention_forward, (q, k, v, added, *rest))

@@ -34,6 +34,8 @@ class Backend:
     """Lowest CUDA compute capability."""
     max_cc: tuple[int, int] | None = None
     """Highest CUDA compute capability."""
+    auto_max_cc: tuple[int, int] | None = None
+    """Highest capability on which `auto` takes it; on newer GPUs it serves by name."""
     dtypes: frozenset[torch.dtype] = _FLOATS
     head_dims: Callable[[int], bool] | None = None
     """Tells whether a head size (keys' or values') is served; None is any."""

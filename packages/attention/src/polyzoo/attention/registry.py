@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyzoo.attention import reference, sdpa, triton
+from polyzoo.attention import cuda, reference, sdpa, triton
 from polyzoo.attention.backend import Backend
 from polyzoo.attention.features import BIT, FEATURES
 from polyzoo.attention.limits import MATRIX_LIMIT
@@ -32,12 +32,20 @@ BACKENDS = (
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         head_dims=triton.serves_head,
         head_dims_text=f"multiples of 8 up to {triton.HEAD_DIM_LIMIT}",
-        # On an H100 torch's varlen_attn took 0.80 of the time of our kernel on the same sequences,
-        # which ours got padded, with kv_lens; our packed calls have not been timed against it.
-        by_name_only=(
-            ("varlen", "packed calls: torch's varlen_attn was faster than our padded call"),
-        ),
         available=triton.unavailable,
+    ),
+    Backend(
+        name="cuda",
+        summary="our CUDA C++ kernels: tensor cores of Volta and Turing, deterministic gradients",
+        forward=cuda.forward,
+        devices=frozenset({"cuda"}),
+        min_cc=(7, 0),
+        auto_max_cc=(7, 5),
+        dtypes=frozenset({torch.float16}),
+        head_dims=cuda.serves_head,
+        head_dims_text=f"multiples of 8 up to {cuda.HEAD_DIM_LIMIT}",
+        features=cuda.FEATURES,
+        available=cuda.unavailable,
     ),
     Backend(
         name="sdpa",
@@ -54,7 +62,7 @@ BACKENDS = (
 )
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "sdpa", "reference"),
+    "cuda": ("triton", "cuda", "sdpa", "reference"),
     "cpu": ("sdpa", "reference"),
 }
 """What `backend="auto"` tries, by device type."""
@@ -232,7 +240,16 @@ def _kept_back(backend: Backend, request: Request) -> str | None:
     for feature, why in backend.by_name_only:
         if request.features & BIT[feature]:
             return f"{backend.name}: by name only for {why}"
+    newest = backend.auto_max_cc
+    if newest is not None and (have := _capability(request)) is not None and have > newest:
+        return f"{backend.name}: by name only above sm_{newest[0]}{newest[1]}"
     return None
+
+
+def _capability(request: Request) -> tuple[int, int] | None:
+    if request.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(request.device)
 
 
 def _capability_problem(backend: Backend, device: torch.device) -> str | None:

@@ -11,8 +11,6 @@ from polyzoo.attention.kernels.launch import (
     as_bytes,
     list_steps,
     mask_strides,
-    query_programs,
-    schedule,
     tile_lists,
 )
 from polyzoo.attention.kernels.problem import (
@@ -22,6 +20,7 @@ from polyzoo.attention.kernels.problem import (
     reads_whole,
     strides,
 )
+from polyzoo.attention.kernels.schedules import query_programs, schedule
 from polyzoo.attention.kernels.starts import Start, prepared
 from polyzoo.attention.kernels.triton_backward import backward_bias_kernel, delta_kernel
 from polyzoo.attention.kernels.triton_backward_kv import backward_kv_kernel

@@ -66,6 +66,8 @@ def test_few_keys(report: dict[str, Any]):
     for name, row in report["few_keys"].items():
         assert row["o"] <= 8e-4, name
         assert row["with_low"] < row["o"], name
+        assert row.get("lse", 0.0) <= 2e-6, name
+        assert row.get("dead_rows_agree", True), name
 
 
 def test_operators(report: dict[str, Any]):

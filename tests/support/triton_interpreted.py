@@ -109,6 +109,26 @@ def few_keys() -> dict[str, object]:
             "o": largest(out, wanted["o"]),
             "with_low": largest(out.double() + low.double(), wanted["o"]),
         }
+    torch.manual_seed(4)
+    for kh, kw in ((14, 14), (3, 7)):
+        m = kh * kw
+        q, k, v = (torch.randn(1, 2, m, 24, dtype=torch.float16) for _ in range(3))
+        rel_h, rel_w = (torch.randn(1, 2, m, side, dtype=torch.float16) for side in (kh, kw))
+        rel_h[0, 0, 3] = -torch.inf  # a row that sees nothing
+        rel_w[0, 1, 5, 2:] = -torch.inf
+        lens = torch.tensor([m - 5])
+        problem = Problem(q=q, k=k, v=v, scale=0.2, rel_h=rel_h, rel_w=rel_w, kv_lens=lens)
+        low = heads_last(q, 24)
+        out, lse = launch_short.forward(problem, low=low)
+        tiled, tiled_lse = forward(problem)
+        wanted = exact(problem, torch.zeros_like(out))
+        seen = torch.isfinite(wanted["lse"])
+        report[f"grid-{kh}-{kw}"] = {
+            "o": max(largest(out, wanted["o"]), largest(tiled, wanted["o"])),
+            "with_low": largest(out.double() + low.double(), wanted["o"]),
+            "lse": max(largest(t[seen], wanted["lse"][seen]) for t in (lse, tiled_lse)),
+            "dead_rows_agree": all(torch.equal(torch.isneginf(t), ~seen) for t in (lse, tiled_lse)),
+        }
     return report
 
 

@@ -24,7 +24,8 @@ from polyzoo.attention.kernels.launch_decode import decode
 from polyzoo.attention.kernels.tuning import TileConfig
 
 FORWARD = [
-    (64, 32, 4, 3, False), (64, 32, 4, 4, False), (64, 64, 4, 2, False), (64, 64, 4, 3, False), (128, 32, 4, 3, False),
+    (64, 32, 4, 3, False), (64, 32, 4, 4, False), (64, 64, 4, 2, False),
+    (64, 64, 4, 3, False), (128, 32, 4, 3, False),
     (128, 64, 8, 2, False), (128, 64, 8, 3, False), (128, 64, 4, 3, False),
     (128, 128, 8, 2, False), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 64, 4, 4, True),
     (128, 64, 4, 3, True), (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 4, True),

@@ -24,7 +24,7 @@ def _load_keys(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values START .. START + BN, their places in the grid, and which of them there are."""
+    """Keys and values from START on, their places in the grid, and which of them there are."""
     j = START + tl.arange(0, BN)
     there = j < length
     k0 = load_block(K, j, k_n, there, 0, D0, D, True)

@@ -28,6 +28,7 @@ int current, block, threads, running;
 alignas(16) unsigned char shared_memory[1 << 17];
 unsigned allowed, poison;
 const char* fault;
+int worst_ways;  // most passes that one read needs because of banks, beyond what its size takes
 
 // One meeting of `size` threads: the last one to come does the work.
 struct Meeting {
@@ -71,6 +72,22 @@ float half_at(const unsigned* words, int index) {
   return static_cast<float>(x);
 }
 
+// Reads of `bytes` a lane are served 128 bytes at a time: so many lanes share a pass, unless two want
+// different words of one bank.
+void count_ways(const unsigned* at, int lane_count, int bytes) {
+  const int group = 128 / bytes;
+  for (int first = 0; first < lane_count; first += group) {
+    std::vector<unsigned> words[32];
+    for (int lane = first; lane < first + group; lane++)
+      for (int i = 0; i < bytes / 4; i++) {
+        const unsigned word = at[lane] / 4 + i;
+        auto& bank = words[word % 32];
+        if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+      }
+    for (auto& bank : words) worst_ways = max(worst_ways, static_cast<int>(bank.size()));
+  }
+}
+
 void check(unsigned at, unsigned bytes, unsigned align) {
   if (at % align) fault = "shared memory access is not aligned";
   if (at + bytes > allowed) fault = "access past the end of shared memory";
@@ -90,14 +107,19 @@ INLINE void write_shared(u32 at, const u32* in) {
   check(at, 16, 16);
   std::memcpy(shared_memory + at, in, 16);
 }
-INLINE void read_shared(u32* out, u32 at) {
-  check(at, 16, 16);
-  std::memcpy(out, shared_memory + at, 16);
+template <int BYTES>
+INLINE void read_vector(u32* out, u32 at) {
+  check(at, BYTES, BYTES);
+  std::memcpy(out, shared_memory + at, BYTES);
+  lanes[current].value = at;
+  in_warp([] {
+    unsigned at[32];
+    for (int i = 0; i < 32; i++) at[i] = warp_lanes()[i].value;
+    count_ways(at, 32, BYTES);
+  });
 }
-INLINE void read_shared_half(u32* out, u32 at) {
-  check(at, 8, 8);
-  std::memcpy(out, shared_memory + at, 8);
-}
+INLINE void read_shared(u32* out, u32 at) { read_vector<16>(out, at); }
+INLINE void read_shared_half(u32* out, u32 at) { read_vector<8>(out, at); }
 INLINE void write_shared_float(u32 at, float x) {
   check(at, 4, 4);
   std::memcpy(shared_memory + at, &x, 4);
@@ -191,6 +213,9 @@ INLINE void matrices(u32* out, u32 at) {
   lanes[current] = {nullptr, nullptr, nullptr, out, at};
   in_warp([] {
     Lane* warp = warp_lanes();
+    unsigned addresses[8 * COUNT];
+    for (int i = 0; i < 8 * COUNT; i++) addresses[i] = warp[i].value;
+    count_ways(addresses, 8 * COUNT, 16);
     for (int matrix = 0; matrix < COUNT; matrix++)
       for (int lane = 0; lane < 32; lane++)
         for (int x = 0; x < 2; x++) {
@@ -219,6 +244,8 @@ void body() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 }  // namespace
+
+extern "C" int bank_ways() { return worst_ways; }
 
 // Runs `blocks` blocks; returns null, or what went wrong.
 extern "C" const char* run_kernel(

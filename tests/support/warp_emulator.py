@@ -30,13 +30,19 @@ class Emulated:
         built = folder / "kernels.so"
         macros = [*variant.macros(), f"-DBACKWARD={int(variant.direction == 'backward')}"]
         command = [
-            "g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-w", *macros,
+            "g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", *macros,
             f'-DSOURCE="{text}"', str(Path(__file__).with_suffix(".cpp")), "-o", str(built),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        self._run = ctypes.CDLL(str(built)).run_kernel
+        self._library = ctypes.CDLL(str(built))
+        self._run = self._library.run_kernel
         self._run.restype = ctypes.c_char_p
+
+    @property
+    def bank_ways(self) -> int:
+        """Most different words of one bank that a pass of a read wanted so far; 1 is ideal."""
+        return self._library.bank_ways()
 
     def start(
         self, name: str, *, blocks: int, threads: int, shared_bytes: int, call: ctypes.Structure

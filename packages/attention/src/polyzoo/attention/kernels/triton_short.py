@@ -6,7 +6,7 @@ and the loop over query tiles is pipelined.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 # Triton code only looks like Python: its compiler, not the type checker, knows these types.
 from __future__ import annotations

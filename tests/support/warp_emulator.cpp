@@ -11,7 +11,7 @@
 #define EMULATED 1
 #define INLINE inline
 #define __global__
-#define __launch_bounds__(x)
+#define __launch_bounds__(threads, blocks)
 using std::max;
 using std::min;
 

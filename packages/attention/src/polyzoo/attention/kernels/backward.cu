@@ -25,7 +25,7 @@ INLINE float exponent_of(const float* lse, int row, int end) {
   return x == -infinity() ? infinity() : x * LOG2E;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) delta_kernel(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) delta_kernel(const Call call) {
   const int lane = thread_number() & 31, warp = thread_number() >> 5;
   const int row = block_number() * WARPS + warp;  // of (b, h, n)
   const int i = row % call.n, head = row / call.n % call.heads, b = row / call.n / call.heads;
@@ -94,7 +94,7 @@ INLINE void keys_step(
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) keys_kernel(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) keys_kernel(const Call call) {
   const int lane = thread_number() & 31, warp = thread_number() >> 5;
   const int key_heads = call.heads / call.group;
   Place at;
@@ -209,7 +209,7 @@ INLINE void queries_step(
   accumulate_exactly(dq, ds, k_tile, place, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) queries_kernel(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const Call call) {
   const int lane = thread_number() & 31, warp = thread_number() >> 5;
   Place at;
   if (!locate(at, call, (call.n + BLOCK_ROWS - 1) / BLOCK_ROWS, call.heads, HAS_RIGHT)) return;

@@ -52,7 +52,7 @@ INLINE void forward_step(
     accumulate(sum, weights + j, v_tile, row_in_stage + 8 * j, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) forward_kernel(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const Call call) {
   const int lane = thread_number() & 31, warp = thread_number() >> 5;
   Place at;
   if (!locate(at, call, (call.n + BLOCK_ROWS - 1) / BLOCK_ROWS, call.heads, HAS_RIGHT)) return;

@@ -3,7 +3,7 @@ r"""Launch every kernel once, at small sizes: something for compute-sanitizer to
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
         python benchmarks/attention_each_kernel.py
 
-and again with `--tool racecheck`. Without the caching allocator every tensor has bounds of its own.
+and again with `--tool racecheck`; `triton` or `cuda` as an argument launches only those. Without the caching allocator every tensor has bounds of its own.
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("attention_each_kernel needs a CUDA device: nothing ran", file=sys.stderr)
         return
+    which = sys.argv[1] if len(sys.argv) > 1 else "all"
+    if which in ("all", "triton"):
+        triton_kernels()
+    if which in ("all", "cuda"):
+        cuda_kernels()
+
+
+def triton_kernels() -> None:
+    """Every Triton kernel."""
     for name, problem in problems():
         low = heads_last(problem.q, problem.v.shape[-1])
         out, lse = forward(problem, low=low)
@@ -76,6 +85,10 @@ def main() -> None:
     launch_decode.decode(long, splits=3)
     torch.cuda.synchronize()
     print("decode", flush=True)
+
+
+def cuda_kernels() -> None:
+    """Every CUDA C++ kernel of Turing, for a narrow and a wide head."""
     for d in (72, 128):
         q, k, v = (drawn(2, 4, 150, d).half() for _ in range(3))
         lens = torch.tensor([77, 0], device="cuda", dtype=torch.int32)

@@ -3,7 +3,8 @@ r"""Launch every kernel once, at small sizes: something for compute-sanitizer to
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
         python benchmarks/attention_each_kernel.py
 
-and again with `--tool racecheck`; `triton` or `cuda` as an argument launches only those. Without the caching allocator every tensor has bounds of its own.
+and again with `--tool racecheck`; `triton` or `cuda` as an argument launches only those. Without
+the caching allocator every tensor has bounds of its own.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 
 _SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_LIMIT = 48 * 1024
+_NO_CONTEXT = 201
 _ATTRIBUTES = {"registers": 4, "local_bytes": 3, "shared_bytes": 1}
 
 
@@ -72,9 +73,11 @@ class Module:
         function = self.function(name, shared_bytes)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(call))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        started = driver().cuLaunchKernel(
-            function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, None
-        )
+        where = (blocks, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, None)
+        started = driver().cuLaunchKernel(function, *where)
+        if started == _NO_CONTEXT:  # a thread of autograd that has not touched the GPU yet
+            _make_current(torch.device("cuda"))
+            started = driver().cuLaunchKernel(function, *where)
         _check(started, f"starting {name}")
 
 

@@ -163,6 +163,19 @@ class TestChoosing:
         ]
         assert pick([capable], huge, by_name=True).backend is capable
 
+    def test_reduced_precision_only_where_asked_for(self):
+        by_name = {backend.name: backend for backend in backends()}
+        int8 = dataclasses.replace(
+            by_name["triton-int8"], min_cc=None, devices=None, available=lambda: None
+        )
+        exact = request(dtype=torch.float16)
+        assert refusal(int8, exact) == 'triton-int8: serves only calls with precision="int8"'
+        asked = exact._replace(features=BIT["int8"])
+        assert refusal(int8, asked) is None
+        assert "has no int8" in str(refusal(by_name["sdpa"], asked))
+        learning = asked._replace(features=BIT["int8"] | BIT["backward"])
+        assert "has no backward" in str(refusal(int8, learning))
+
     def test_what_is_passed_over_is_served(self):
         for backend in backends():
             assert {feature for feature, _ in backend.by_name_only} <= backend.features

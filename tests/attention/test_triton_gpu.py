@@ -334,3 +334,20 @@ def test_few_keys(dtype):
     wanted = exact(problem, torch.zeros_like(out))
     check({"o": out, "lse": lse}, wanted, torch_math(problem, torch.zeros_like(out)), 1e-5)
     assert (out.double() + low.double() - wanted["o"]).abs().max() < 4e-3
+
+
+@pytest.mark.parametrize("d", [64, 72, 128])
+def test_int8(d):
+    torch.manual_seed(3)
+    q, k, v = (t.detach() for t in make(2, 4, 1024, d))
+    k = k + 2 * normal(k.dtype, 1, 4, 1, d)  # an offset of every channel, which smoothing removes
+    out, lse = attention(q, k, v, causal=True, precision="int8", return_lse=True)
+    wanted, wanted_lse = attention(
+        *(t.double() for t in (q, k, v)), causal=True, backend="reference", return_lse=True
+    )
+    a, b = out.double().flatten(), wanted.flatten()
+    assert torch.dot(a, b) / (a.norm() * b.norm()) > 0.999
+    assert (out.double() - wanted).abs().max() < 0.1
+    assert (lse.double() - wanted_lse).abs().max() < 0.1
+    with pytest.raises(ValueError, match="has no int8"):
+        attention(q, k, v, precision="int8", backend="triton")

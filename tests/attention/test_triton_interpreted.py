@@ -70,6 +70,16 @@ def test_few_keys(report: dict[str, Any]):
         assert row.get("dead_rows_agree", True), name
 
 
+def test_int8(report: dict[str, Any]):
+    found = report["in_int8"]
+    assert found.pop("operator") == ["SUCCESS"]
+    for name, row in found.items():
+        assert row["cosine"] >= 0.9995, name
+        assert row["o"] <= 6e-2, name
+        assert row["lse"] <= 5e-2, name
+        assert row["dead_rows_agree"], name
+
+
 def test_operators(report: dict[str, Any]):
     checks = report["operator_checks"]
     for name in ("forward-plain", "forward-bias", "backward"):

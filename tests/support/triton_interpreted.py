@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyzoo.attention import operators, triton
-from polyzoo.attention.kernels import launch_decode, launch_short
+from polyzoo.attention import int8, operators, triton
+from polyzoo.attention.kernels import launch_decode, launch_int8, launch_short
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import backward
 from polyzoo.attention.kernels.mask_tiles import classify_mask, mask_tiles
@@ -129,6 +129,43 @@ def few_keys() -> dict[str, object]:
             "lse": max(largest(t[seen], wanted["lse"][seen]) for t in (lse, tiled_lse)),
             "dead_rows_agree": all(torch.equal(torch.isneginf(t), ~seen) for t in (lse, tiled_lse)),
         }
+    return report
+
+
+def in_int8() -> dict[str, object]:
+    """int8 products beside exact ones: direction, largest error, log-sum-exp, dead rows."""
+    torch.manual_seed(6)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float16)
+
+    q, k, v = drawn(1, 2, 40, 72), drawn(1, 2, 150, 72) + 3, drawn(1, 2, 150, 72)
+    grouped = [drawn(2, heads, 40, 64) for heads in (4, 2, 2)]
+    cases = {
+        "shifted keys": Problem(q=q, k=k, v=v, scale=72**-0.5),
+        "causal, lengths, groups": Problem(
+            **dict(zip(("q", "k", "v"), grouped, strict=True)),
+            scale=0.125,
+            right=0,
+            kv_lens=torch.tensor([40, 0]),
+        ),
+    }
+    report: dict[str, object] = {}
+    for name, problem in cases.items():
+        out, lse = launch_int8.forward(problem)
+        wanted = exact(problem, torch.zeros_like(out))
+        seen = torch.isfinite(wanted["lse"])
+        a, b = out.double().flatten(), wanted["o"].flatten()
+        report[name] = {
+            "cosine": (torch.dot(a, b) / (a.norm() * b.norm())).item(),
+            "o": largest(out, wanted["o"]),
+            "lse": largest(lse[seen], wanted["lse"][seen]),
+            "dead_rows_agree": torch.equal(torch.isneginf(lse), ~seen),
+        }
+    checks = torch.library.opcheck(
+        int8.attention_int8, (q, k, v, None, 0.1, -1), test_utils="test_faketensor"
+    )
+    report["operator"] = sorted(set(checks.values()))
     return report
 
 
@@ -315,6 +352,7 @@ PARTS: tuple[Callable[[], dict[str, object]], ...] = (
     stored,
     decoding,
     few_keys,
+    in_int8,
     operator_checks,
     only_what_is_wanted,
     mask_summaries,

@@ -42,6 +42,8 @@ class Backend:
     head_dims_text: str = "any"
     """The same in words."""
     features: frozenset[str] = _EXACT
+    only_for: frozenset[str] = frozenset()
+    """Features that a call must ask for: without them it is not served, even by name."""
     matrix_for: frozenset[str] = frozenset()
     """Features that make it allocate an n x m matrix per head; "always" is every call."""
     by_name_only: tuple[tuple[str, str], ...] = ()

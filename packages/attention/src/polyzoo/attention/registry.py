@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyzoo.attention import cuda, npu, reference, sdpa, triton
+from polyzoo.attention import cuda, int8, npu, reference, sdpa, triton
 from polyzoo.attention.backend import Backend
 from polyzoo.attention.features import BIT, FEATURES
 from polyzoo.attention.limits import MATRIX_LIMIT
@@ -33,6 +33,19 @@ BACKENDS = (
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         head_dims=triton.serves_head,
         head_dims_text=f"multiples of 8 up to {triton.HEAD_DIM_LIMIT}",
+        available=triton.unavailable,
+    ),
+    Backend(
+        name="triton-int8",
+        summary="int8 products of queries and keys, for inference that can bear their error",
+        forward=int8.forward,
+        devices=frozenset({"cuda"}),
+        min_cc=(8, 0),
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        head_dims=int8.serves_head,
+        head_dims_text=f"multiples of 8 up to {int8.HEAD_DIM_LIMIT}",
+        features=int8.FEATURES,
+        only_for=frozenset({"int8"}),
         available=triton.unavailable,
     ),
     Backend(
@@ -75,7 +88,7 @@ BACKENDS = (
 )
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "cuda", "sdpa", "reference"),
+    "cuda": ("triton", "triton-int8", "cuda", "sdpa", "reference"),
     "cpu": ("sdpa", "reference"),
     "npu": ("npu", "sdpa", "reference"),
 }
@@ -247,7 +260,10 @@ def refusal(backend: Backend, request: Request) -> str | None:
     if problem is None:
         asked = {name for name in FEATURES if request.features & BIT[name]}
         missing = [name for name in FEATURES if name in asked - backend.features]
-        if missing:
+        if not backend.only_for <= asked:
+            wanted = ", ".join(f'precision="{name}"' for name in sorted(backend.only_for))
+            problem = f"serves only calls with {wanted}"
+        elif missing:
             problem = f"has no {', '.join(missing)}{_advice(missing)}"
         elif request.scores and backend.matrix_for & (asked | {"always"}):
             problem = _matrix_problem(backend, request, asked)

@@ -66,6 +66,18 @@ def test_few_keys(report: dict[str, Any]):
     for name, row in report["few_keys"].items():
         assert row["o"] <= 8e-4, name
         assert row["with_low"] < row["o"], name
+        assert row.get("lse", 0.0) <= 2e-6, name
+        assert row.get("dead_rows_agree", True), name
+
+
+def test_int8(report: dict[str, Any]):
+    found = report["in_int8"]
+    assert found.pop("operator") == ["SUCCESS"]
+    for name, row in found.items():
+        assert row["cosine"] >= 0.9995, name
+        assert row["o"] <= 6e-2, name
+        assert row["lse"] <= 5e-2, name
+        assert row["dead_rows_agree"], name
 
 
 def test_operators(report: dict[str, Any]):

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Row:
         return cls(engine, strategy, dict(pair.split("=", 1) for pair in pairs))
 
 
-def build_gpt(size: str, device: str) -> Any:
+def build_gpt(size: str, device: str | None) -> Any:
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -97,7 +98,8 @@ def build_gpt(size: str, device: str) -> Any:
             logits = self.head(self.norm(x))
             return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
-    with torch.device(device):
+    # Built in pieces, the engine chooses the device.
+    with nullcontext() if device is None else torch.device(device):
         return Gpt(), Block
 
 
@@ -187,7 +189,7 @@ def by_trainer(row: Row, options: argparse.Namespace) -> dict[str, Any]:
             given[flag] = bool(given[flag])
 
     def build() -> Any:
-        model, _ = build_gpt(options.size, "cpu" if given.get("sharded_init") else device)
+        model, _ = build_gpt(options.size, None if given.get("sharded_init") else device)
         model.recompute = True
         return model
 
@@ -349,7 +351,7 @@ def raw_deepspeed(row: Row, options: argparse.Namespace, device: Any) -> Callabl
     }
     deepspeed.init_distributed()
     with deepspeed.zero.Init(config_dict_or_path=settings):
-        model, _ = build_gpt(options.size, "cpu")
+        model, _ = build_gpt(options.size, None)
     model.recompute = True
     if row.strategy == "zero3":
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from polyzoo.core.log import get_logger
+from polyzoo.core.seeding import capture_random_state, restore_random_state
 from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.ema import Master
@@ -161,8 +162,10 @@ class ZeroThree:
     ) -> tuple[nn.Module, dict[str, Tensor]]:
         """Return the model, and its weights before they were rounded to the compute dtype."""
         if self.config.tier.sharded_init:
-            settings = self._settings(ModelSizes(trainable=1, largest_parameter=1, largest_block=1))
-            del settings["zero_optimization"]["sub_group_size"], settings["gradient_clipping"]
+            states = capture_random_state()
+            with torch.device("meta"):
+                settings = self._settings(sizes_of(build()))
+            restore_random_state(states)
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 return build(), {}
         model = build()

@@ -64,6 +64,12 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             and self.gradient_accumulation_dtype in (torch.bfloat16, torch.float32)
         )
 
+    @property
+    def goes_without_sums(self) -> bool:
+        """Whether gradients go to the drive at once: a single micro-batch, nothing to rescale."""
+        single = self.gradient_accumulation_steps == 1
+        return self.swap_optimizer and single and self.dtype != torch.float16
+
     def _create_param_groups_fp16_flat_cpu_memory(self) -> None:
         if self.params_in_nvme_and_cpu or not self.offload_param_pin_memory:
             super()._create_param_groups_fp16_flat_cpu_memory()
@@ -93,6 +99,10 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             super().initialize_optimizer_states()
 
     def _setup_for_real_optimizer(self) -> None:
+        if self.goes_without_sums:
+            # DeepSpeed keeps a 16-bit copy of all gradients in host memory to add up several.
+            self._set_up_without_sums()
+            return
         if not self.is_fused:
             super()._setup_for_real_optimizer()
             return
@@ -100,9 +110,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         dist.barrier()
         self._create_next_swappable_fp32_groups()
         device = deepspeed_stage3.get_accelerator().current_device_name()
-        for bucket in self.ipg_buckets.values() if self.contiguous_gradients else ():
-            dtype = next(key for key, value in self.ipg_buckets.items() if value is bucket)
-            bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
+        self._make_buckets()
         self.grad_partitions_flat_buffer = None
         partitions: dict[int, Tensor] = {}
         for index, group in enumerate(self.fp16_groups):
@@ -116,6 +124,21 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
                 offset += length
         self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = partitions
 
+    def _set_up_without_sums(self) -> None:
+        self._create_fp32_partitions()
+        dist.barrier()
+        self._create_next_swappable_fp32_groups()
+        self.initialize_optimizer_states()
+        dist.barrier()
+        self._make_buckets()
+        self.grad_partitions_flat_buffer = None
+        self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = {}
+
+    def _make_buckets(self) -> None:
+        device = deepspeed_stage3.get_accelerator().current_device_name()
+        for dtype, bucket in self.ipg_buckets.items() if self.contiguous_gradients else ():
+            bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
+
     def _gradient_buffer(self, index: int, numel: int, device: str) -> Tensor:
         if self.subgroup_to_device[index] != "cpu":
             return torch.zeros(numel, dtype=self.gradient_accumulation_dtype, device=device)
@@ -128,6 +151,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self, params_to_release: list[Any], grad_partitions: list[Tensor]
     ) -> list[Tensor]:
         """Bring reduced gradients to where they are updated, and note their norms on the way."""
+        if self.goes_without_sums:
+            return self._send_to_drive(params_to_release, grad_partitions)
         if not self.is_fused:
             return super().partition_grads(params_to_release, grad_partitions)
         partitions = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
@@ -147,6 +172,23 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
                 if parameter.grad is not None and parameter.grad.is_cuda:
                     parameter.grad.record_stream(torch.cuda.current_stream())
             parameter.grad = None
+        return []
+
+    def _send_to_drive(
+        self, params_to_release: list[Any], grad_partitions: list[Tensor]
+    ) -> list[Tensor]:
+        """Hand gradients to the drive's writer, without a copy of all in host memory."""
+        gradients: dict[int, list[Tensor]] = {}
+        offsets: dict[int, list[int]] = {}
+        for parameter, partition in zip(params_to_release, grad_partitions, strict=True):
+            first = parameter.partition_numel() * self._get_param_partition_rank(parameter)
+            if first < parameter.ds_numel:
+                self._offload_boundary_param_ids.add(parameter.ds_id)
+                self._offload_grad_partition_at_boundary(
+                    parameter, partition.reshape(-1), gradients, offsets
+                )
+            parameter.grad = None
+        self._swap_out_offload_fp32_gradients(gradients, offsets)
         return []
 
     # --- step -----------------------------------------------------------------------------------

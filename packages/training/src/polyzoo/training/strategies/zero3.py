@@ -19,6 +19,8 @@ from polyzoo.core.log import get_logger
 from polyzoo.core.seeding import capture_random_state, restore_random_state
 from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
+from polyzoo.training.doctor import check_libaio
+from polyzoo.training.drive import check_drive
 from polyzoo.training.ema import Master
 from polyzoo.training.errors import TrainingError
 from polyzoo.training.footprint import memory_report
@@ -222,11 +224,14 @@ class ZeroThree:
     def _prepare_drive(self) -> Path | None:
         if not self.offload.uses_drive:
             return None
-        from polyzoo.training.drive import check_drive
+        folder = Path(self.config.tier.nvme_path or Path(self.config.run_dir) / "nvme")
 
-        folder = self.config.tier.nvme_path or Path(self.config.run_dir) / "nvme"
-        self.world.main_only(lambda: check_drive(Path(folder)))
-        return Path(folder)
+        def check() -> None:
+            check_libaio()
+            check_drive(folder)
+
+        self.world.main_only(check)
+        return folder
 
     # --- steps ----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -202,9 +203,7 @@ def joined(launch: Launch, device: torch.device, *, alone: bool, minutes: float)
         with explaining_lost_peers():
             dist.init_process_group(
                 backend,
-                init_method=f"tcp://{launch.address}:{launch.port}"
-                if launch.launcher == "slurm"
-                else "env://",
+                store=_meet(launch, limit),
                 rank=launch.rank,
                 world_size=launch.world_size,
                 timeout=limit,
@@ -217,6 +216,23 @@ def joined(launch: Launch, device: torch.device, *, alone: bool, minutes: float)
             atexit.register(_leave)
         else:
             _leave()
+
+
+_MEETINGS = count()
+
+
+def _meet(launch: Launch, limit: timedelta) -> dist.Store:
+    """Return the store where the processes find each other.
+
+    A later run in the same processes meets in the same place, where the former one's addresses are
+    still written: each gets a name of its own.
+    """
+    place = f"tcp://{launch.address}:{launch.port}" if launch.launcher == "slurm" else "env://"
+    store, *_ = next(
+        dist.rendezvous(place, rank=launch.rank, world_size=launch.world_size, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+    )
+    store.set_timeout(limit)
+    return dist.PrefixStore(f"polyzoo{next(_MEETINGS)}", store)
 
 
 def _leave() -> None:

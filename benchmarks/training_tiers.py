@@ -184,7 +184,7 @@ def by_trainer(row: Row, options: argparse.Namespace) -> dict[str, Any]:
               int(v) if v.isdigit() else v)
         for key, v in row.options.items()
     }  # fmt: skip
-    for flag in ("sharded_init", "pin_memory"):
+    for flag in ("sharded_init", "pin_memory", "overlap"):
         if flag in given:
             given[flag] = bool(given[flag])
 
@@ -476,7 +476,7 @@ def main() -> None:
     for text in named:
         key = (text, options.size, options.gpus, options.batch, options.accum)
         left = options.limit - (time.monotonic() - began)
-        if key in done or left < 20:
+        if key in done or left < 15:
             print(f"passed over: {text} ({left:.0f} s left)", flush=True)
             continue
         begun = time.monotonic()

@@ -8,7 +8,8 @@ does the rest; host memory falls from about 24 to 16 bytes a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,6 +43,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     gpu_share: ClassVar[float] = 0.0
     """Share of the sub-groups whose optimizer stays on the GPU; set around the construction."""
+    overlap: ClassVar[bool] = False
+    """Let host updates go on beside the next forward pass; set around the construction."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         self.divisor: float = 1.0
@@ -49,7 +52,13 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self._scale = 1.0
         self._host_gradients: dict[int, Tensor] = {}
         self._on_gpu: torch.optim.Optimizer | None = None
+        self._worker = ThreadPoolExecutor(1, "host-adamw")
+        self._jobs: list[tuple[int, dict[str, Any], float]] = []
+        self._pending: dict[int, Future[None]] = {}
         super().__init__(*arguments, **named)
+        self.overlaps = type(self).overlap and self.is_fused and self.offload_param
+        if self.overlaps:
+            self._let_gathering_wait()
 
     # --- construction ---------------------------------------------------------------------------
 
@@ -145,6 +154,56 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         dtype, pinned = self.gradient_accumulation_dtype, self.offload_optimizer_pin_memory
         return self.memory.empty(numel, dtype, pinned=pinned)
 
+    def _let_gathering_wait(self) -> None:
+        """Make every gathering of a parameter wait until its sub-group has been updated."""
+        self._group_of = {p: i for i, group in enumerate(self.fp16_groups) for p in group}
+
+        def waiting(gather: Callable[..., Any], own: Any) -> Callable[..., Any]:
+            def gather_updated(params: Any = None, *arguments: Any, **named: Any) -> Any:
+                # Some callers hand over an iterator, some name the argument otherwise.
+                given = params if params is not None else named.pop("param_list", None)
+                members = [own] if given is None else list(given)
+                self.wait_for(members)
+                return gather(members, *arguments, **named)
+
+            return gather_updated
+
+        for parameter in self.module.parameters():
+            parameter.all_gather = waiting(parameter.all_gather, parameter)
+            parameter.all_gather_coalesced = waiting(parameter.all_gather_coalesced, parameter)
+
+    def wait_for(self, parameters: Iterable[Any]) -> None:
+        """Wait until the host has updated these parameters."""
+        if self._pending:
+            for index in {self._group_of.get(p, -1) for p in parameters}:
+                if index in self._pending:
+                    self._pending.pop(index).result()
+
+    def finish(self) -> None:
+        """Wait until the host has updated everything."""
+        for index in list(self._pending):
+            self._pending.pop(index).result()
+
+    def _begin_updates(self) -> None:
+        """Hand the noted sub-groups to the worker: first what is gathered at once."""
+        kept = {self._group_of.get(parameter) for parameter in self.persistent_parameters}
+        self._jobs.sort(key=lambda job: job[0] not in kept)
+        for index, group, scale in self._jobs:
+            self._pending[index] = self._worker.submit(self._update_on_host, index, group, scale)
+        self._jobs.clear()
+
+    def _update_on_host(self, index: int, group: dict[str, Any], scale: float) -> None:
+        assert isinstance(self.optimizer, HostAdamW)  # noqa: S101 - else nothing is noted
+        self.optimizer.update(
+            self.fp32_partitioned_groups_flat[index], self._host_gradients[index],
+            group=group, scale=scale, copy=self.fp16_partitioned_groups_flat[index],
+        )  # fmt: skip
+
+    def _post_step(self, timer_names: set[str]) -> None:
+        if self._jobs:
+            self._begin_updates()
+        super()._post_step(timer_names)
+
     # --- backward -------------------------------------------------------------------------------
 
     def partition_grads(
@@ -237,6 +296,10 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             self._step_on_gpu(weights, gradients, group)
             self.fp16_partitioned_groups_flat[sub_group_id].copy_(weights, non_blocking=True)
             return
+        if self.overlaps:
+            held = {key: value for key, value in group.items() if key != "params"}
+            self._jobs.append((sub_group_id, held, self._scale))
+            return
         target = self.fp16_partitioned_groups_flat[sub_group_id]
         # 16-bit weights on the GPU take the way back through the buffer their gradients came in.
         through = gradients if target.device.type != "cpu" else target
@@ -284,6 +347,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             index: Of the sub-group.
             changes: Write everything back, and refresh the 16-bit weights.
         """
+        self.finish()
         swapped = self._swappable_optimizer_subgroup(index)
         if swapped:
             self._optimizer_states_and_gradient_swap_in(index)
@@ -302,6 +366,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     def state_of(self, weights: Tensor) -> dict[str, Any]:
         """Return a sub-group's optimizer state; empty before the first step."""
+        self.finish()
         if self._on_gpu is not None and weights in self._on_gpu.state:
             return self._on_gpu.state[weights]
         return self.optimizer.state.get(weights, {})
@@ -348,19 +413,22 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     def close(self) -> None:
         """Give back page-locked memory."""
+        self.finish()
+        self._worker.shutdown()
         self.memory.close()
 
 
 @contextmanager
-def in_place_of_deepspeeds(gpu_share: float) -> Iterator[None]:
+def in_place_of_deepspeeds(*, gpu_share: float, overlap: bool) -> Iterator[None]:
     """Let `deepspeed.initialize` build our ZeRO-3 optimizer inside the block."""
     original = deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3
-    former, Stage3.gpu_share = Stage3.gpu_share, gpu_share
+    former = Stage3.gpu_share, Stage3.overlap
+    Stage3.gpu_share, Stage3.overlap = gpu_share, overlap
     deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3 = original  # pyright: ignore[reportAttributeAccessIssue]
-        Stage3.gpu_share = former
+        Stage3.gpu_share, Stage3.overlap = former
 
 

@@ -195,7 +195,8 @@ class ZeroThree:
         from polyzoo.training.strategies.stage3 import in_place_of_deepspeeds
 
         optimizer = self._build_optimizer(model, param_groups)
-        with in_place_of_deepspeeds(self.config.tier.gpu_optimizer_share):
+        tier = self.config.tier
+        with in_place_of_deepspeeds(gpu_share=tier.gpu_optimizer_share, overlap=tier.overlap):
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self._settings(sizes_of(model))
             )
@@ -256,6 +257,7 @@ class ZeroThree:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; the last one brings them to the optimizer."""
+        self.optimizer.finish()  # of what no layer has asked for; its gradients come next
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 

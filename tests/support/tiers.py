@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from support.runs import logged
 from torch import Tensor, nn
 
 from polyzoo.training import (
@@ -22,9 +21,10 @@ from polyzoo.training import (
     TrainConfig,
     Trainer,
 )
+from polyzoo.training.cli import ConvertConfig
 from polyzoo.training.config import EmaConfig, ScheduleConfig, TierConfig
 from polyzoo.training.convert import convert
-from polyzoo.training.cli import ConvertConfig
+from support.runs import logged
 
 FEATURES, LENGTH, BATCH = 6, 44, 8
 

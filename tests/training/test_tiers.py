@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+
+from polyzoo.core.errors import PolyzooError
+from polyzoo.training import CheckpointConfig, LoraConfig, StepContext
+from polyzoo.training.checkpoint.store import read_manifest
 from support.ranks import together
 from support.tiers import (
     Tower,
@@ -17,10 +21,6 @@ from support.tiers import (
     train_tower,
     weights_of,
 )
-
-from polyzoo.core.errors import PolyzooError
-from polyzoo.training import CheckpointConfig, LoraConfig, StepContext
-from polyzoo.training.checkpoint.store import read_manifest
 
 SHARDED = ("ddp", "fsdp2", "fsdp2-cpu")
 

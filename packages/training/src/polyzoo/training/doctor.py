@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 State = Literal["good", "warning", "missing"]
 LIBAIO = (
     "Debian, Ubuntu: apt-get install libaio-dev; Fedora: dnf install libaio-devel. Without root: "
-    "apt-get download libaio1 libaio-dev (libaio1t64 on newer systems), dpkg -x each to a folder D, "
-    "then set CPATH=D/usr/include and LIBRARY_PATH and LD_LIBRARY_PATH=D/usr/lib/x86_64-linux-gnu"
+    "apt-get download libaio1 libaio-dev (libaio1t64 on newer systems), dpkg -x each to a "
+    "folder D, then set CPATH=D/usr/include, and LIBRARY_PATH and LD_LIBRARY_PATH to "
+    "D/usr/lib/x86_64-linux-gnu"
 )
+_SHARED = "/dev/shm"  # noqa: S108 - looked at, not written to
 _OPS = ("PinMemoryBuilder", "AsyncIOBuilder")
 
 
@@ -131,7 +133,7 @@ def _ninja() -> Finding:
 
 def find_libaio() -> tuple[bool, bool]:
     """Tell whether libaio's header and its library are found as a compiler would find them."""
-    paths = os.environ.get("CPATH", "").split(":") + ["/usr/include", "/usr/local/include"]
+    paths = [*os.environ.get("CPATH", "").split(":"), "/usr/include", "/usr/local/include"]
     header = any((Path(path) / "libaio.h").is_file() for path in paths if path)
     folders = os.environ.get("LIBRARY_PATH", "").split(":")
     own = any(list(Path(folder).glob("libaio.so*")) for folder in folders if folder)
@@ -190,12 +192,12 @@ def _memlock() -> Finding:
 
 def _shared_memory() -> Finding:
     try:
-        size = shutil.disk_usage("/dev/shm").total  # noqa: S108 - looked at, not written to
+        size = shutil.disk_usage(_SHARED).total
     except OSError:
         size = 0
     good = size >= 2**29
     return Finding(
-        what="/dev/shm", state="good" if good else "warning", seen=f"{size / 2**20:,.0f} MiB",
+        what=_SHARED, state="good" if good else "warning", seen=f"{size / 2**20:,.0f} MiB",
         needed_for="loader processes and NCCL",
         fix="" if good else "start the container with --shm-size=8g",
     )  # fmt: skip

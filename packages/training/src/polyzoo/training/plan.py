@@ -166,7 +166,7 @@ class Estimate:
         return not self.shortfalls and self.reason is None
 
 
-# --- memory -----------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def model_states(parameters: float) -> float:
@@ -325,7 +325,7 @@ def nvme_buffers(model: ModelSpec, machine: MachineSpec) -> float:
     return (4 * PIPELINED_BUFFERS + 4 + 2) * group
 
 
-# --- time -------------------------------------------------------------------------------------------
+# --- time ---
 
 
 def efficiency(*, intensity: float, bandwidth: float, peak: float) -> float:
@@ -377,7 +377,7 @@ def _time(
     return total, bound, written
 
 
-# --- choice -----------------------------------------------------------------------------------------
+# --- choice ---
 
 
 def order(world: int) -> Sequence[str]:
@@ -429,15 +429,13 @@ def recommend(
     return Plan(
         estimates=list(estimates.values()),
         recommended=chosen,
-        notes=_notes(chosen, estimates, machine, work, has_deepspeed, steps),
+        notes=_notes(chosen, estimates, has_deepspeed, steps),
     )
 
 
 def _notes(
     chosen: str | None,
     estimates: dict[str, Estimate],
-    machine: MachineSpec,
-    work: WorkSpec,
     has_deepspeed: bool,
     steps: int | None,
 ) -> list[str]:
@@ -459,7 +457,7 @@ def _notes(
         total = best.written * steps
         if total > ENDURANCE / 10:
             notes.append(
-                f"W-WEAR: {total / 1e12:,.1f} TB written to each node's drive over {steps:,} steps, "
+                f"W-WEAR: {total / 1e12:,.1f} TB written to each node's drive in {steps:,} steps, "
                 f"of the {ENDURANCE / 1e12:,.0f} TB a common drive is rated for"
             )
     return notes

@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from polyzoo.core.errors import ConfigError
-from polyzoo.training.plan import GIB, MachineSpec, ModelSpec, Plan, WorkSpec, recommend, transformer
+from polyzoo.training.plan import (
+    GIB,
+    MachineSpec,
+    ModelSpec,
+    Plan,
+    WorkSpec,
+    recommend,
+    transformer,
+)
 
 if TYPE_CHECKING:
     from polyzoo.training.cli import PlanConfig
@@ -150,5 +158,3 @@ def render(report: PlanReport) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:,.1f} GiB" if size < 1000 * GIB else f"{size / GIB / 1024:,.1f} TiB"
-
-

@@ -20,11 +20,11 @@ from polyzoo.core.log import get_logger
 from polyzoo.training import footprint
 from polyzoo.training.drive import check_drive
 from polyzoo.training.errors import TrainingError
+from polyzoo.training.launch import Launch
 from polyzoo.training.plan import MachineSpec
 from polyzoo.training.strategies.host_adamw import HostAdamW, cache_folder
 from polyzoo.training.strategies.hostmemory import HostMemory
 from polyzoo.training.world import share_cores
-from polyzoo.training.launch import Launch
 
 if TYPE_CHECKING:
     from polyzoo.training.cli import ProbeConfig
@@ -109,9 +109,7 @@ def optimizer_bandwidth(elements: int = _FLAT) -> float:
 
 def product_rate() -> float:
     """Return operations a second of a large bf16 product on random numbers."""
-    a, b = (
-        torch.randn(_PRODUCT, _PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2)
-    )
+    a, b = (torch.randn(_PRODUCT, _PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * _PRODUCT**3 / _seconds(lambda: a @ b, repeats=10)
 
 
@@ -176,7 +174,8 @@ def render(spec: MachineSpec) -> str:
     """Return the machine as text for people."""
     gib = 2**30
     lines = [
-        f"GPUs                {spec.gpus if spec.gpu_bytes else 0}, {spec.gpu_bytes / gib:.0f} GiB each",
+        f"GPUs                {spec.gpus if spec.gpu_bytes else 0}"
+        + (f", {spec.gpu_bytes / gib:.0f} GiB each" if spec.gpu_bytes else ""),
         f"host memory         {spec.host_bytes / gib:.0f} GiB",
         f"optimizer step      {spec.host_memory / 1e9:.0f} GB/s of host memory",
     ]

@@ -116,7 +116,9 @@ def build_strategy(
     return ZeroThree(build, name, config, device, world, param_groups)
 
 
-def builder_of(model: nn.Module | Callable[[], nn.Module], *, again: bool) -> Callable[[], nn.Module]:
+def builder_of(
+    model: nn.Module | Callable[[], nn.Module], *, again: bool
+) -> Callable[[], nn.Module]:
     """Return a function that makes the model.
 
     Args:

@@ -1,9 +1,10 @@
 """DeepSpeed's ZeRO-3 optimizer with a faster host side. All use of its private parts is here.
 
-For optimizer states in host memory, DeepSpeed 0.19 moves every gradient to the host in 16 bits, back
-to the GPU, and to the host again in 32 bits; there it is scaled in one pass over memory, used in a
-second, and the new weights are rounded in a third. Here gradients cross once in 16 bits, and one pass
-does the rest; host memory falls from about 24 to 16 bytes a parameter.
+For optimizer states in host memory, DeepSpeed 0.19 moves every gradient to the host in 16 bits,
+back to the GPU, and to the host again in 32 bits; there it is scaled in one pass over memory, used
+in a second, and the new weights are rounded in a third. Here gradients cross once in 16 bits, and
+one pass does the rest, beside the next forward pass; host memory falls from about 20 bytes a
+parameter, rounded up, to 16.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import deepspeed.runtime.zero.stage3 as deepspeed_stage3
+import deepspeed.runtime.zero.stage3 as deepspeed_stage3  # pyright: ignore[reportMissingImports]
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage3 import (  # pyright: ignore[reportMissingImports]
+    DeepSpeedZeroOptimizer_Stage3,
+)
 from torch import Tensor
 
 from polyzoo.training.strategies.host_adamw import HostAdamW
 from polyzoo.training.strategies.hostmemory import HostMemory
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
                 weights.data = held.copy_(weights.data)
 
     def initialize_optimizer_states(self) -> None:
+        """Make gradient buffers where DeepSpeed's own step needs them."""
         if not self.is_fused:
             super().initialize_optimizer_states()
 
@@ -118,9 +121,9 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self._create_fp32_partitions()
         dist.barrier()
         self._create_next_swappable_fp32_groups()
-        device = deepspeed_stage3.get_accelerator().current_device_name()
+        device = _device()
         self._make_buckets()
-        self.grad_partitions_flat_buffer = None
+        self.grad_partitions_flat_buffer = None  # pyright: ignore[reportAttributeAccessIssue]
         partitions: dict[int, Tensor] = {}
         for index, group in enumerate(self.fp16_groups):
             numel = int(self.fp16_partitioned_groups_flat_numel[index])
@@ -140,11 +143,11 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self.initialize_optimizer_states()
         dist.barrier()
         self._make_buckets()
-        self.grad_partitions_flat_buffer = None
+        self.grad_partitions_flat_buffer = None  # pyright: ignore[reportAttributeAccessIssue]
         self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition = {}
 
     def _make_buckets(self) -> None:
-        device = deepspeed_stage3.get_accelerator().current_device_name()
+        device = _device()
         for dtype, bucket in self.ipg_buckets.items() if self.contiguous_gradients else ():
             bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
 
@@ -206,9 +209,9 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     # --- backward -------------------------------------------------------------------------------
 
-    def partition_grads(
+    def partition_grads(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, params_to_release: list[Any], grad_partitions: list[Tensor]
-    ) -> list[Tensor]:
+    ) -> Any:
         """Bring reduced gradients to where they are updated, and note their norms on the way."""
         if self.goes_without_sums:
             return self._send_to_drive(params_to_release, grad_partitions)
@@ -252,14 +255,14 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
 
     # --- step -----------------------------------------------------------------------------------
 
-    def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 0) -> Tensor:  # noqa: A002, ARG002
+    def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 0) -> Tensor:  # noqa: ARG002
         # The same arithmetic in every tier, so that they agree to the last bit.
         return torch.linalg.vector_norm(input, dtype=torch.float32)
 
     def _get_norm_groups(self) -> list[Tensor]:
         if not (self.offload_optimizer and isinstance(self.optimizer, HostAdamW)):
             return super()._get_norm_groups()
-        device = deepspeed_stage3.get_accelerator().current_device_name()
+        device = _device()
         norms = list(self.norm_for_param_grads.values())
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
         dist.all_reduce(square, group=self.dp_process_group)
@@ -274,9 +277,9 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             scale *= max((norm + 1e-6) / self.clip_grad, 1.0)
         self._scale = 1.0 / scale
         gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
-        if not isinstance(self.optimizer, HostAdamW):
-            gradient.mul_(self._scale)
-        elif not self.is_fused and not self._is_on_host(sub_group_id):
+        if not isinstance(self.optimizer, HostAdamW) or (
+            not self.is_fused and not self._is_on_host(sub_group_id)
+        ):
             gradient.mul_(self._scale)
 
     def _is_on_host(self, sub_group_id: int) -> bool:
@@ -294,7 +297,8 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         gradients = self._host_gradients[sub_group_id]
         if self.subgroup_to_device[sub_group_id] != "cpu":
             self._step_on_gpu(weights, gradients, group)
-            self.fp16_partitioned_groups_flat[sub_group_id].copy_(weights, non_blocking=True)
+            # Waits: the next gathering reads host memory on another stream.
+            self.fp16_partitioned_groups_flat[sub_group_id].copy_(weights)
             return
         if self.overlaps:
             held = {key: value for key, value in group.items() if key != "params"}
@@ -383,9 +387,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         else:
             state = self.optimizer.state[weights]
             fused = not hasattr(self.optimizer, "ds_opt_adam")
-            state["step"] = (
-                torch.tensor(float(step), device=weights.device) if fused else int(step)
-            )
+            state["step"] = torch.tensor(float(step), device=weights.device) if fused else int(step)
         for key, values in moments.items():
             if key in state:
                 state[key].copy_(values)
@@ -418,6 +420,11 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self.memory.close()
 
 
+def _device() -> str:
+    accelerator: Any = deepspeed_stage3.get_accelerator()
+    return accelerator.current_device_name()
+
+
 @contextmanager
 def in_place_of_deepspeeds(*, gpu_share: float, overlap: bool) -> Iterator[None]:
     """Let `deepspeed.initialize` build our ZeRO-3 optimizer inside the block."""
@@ -430,5 +437,3 @@ def in_place_of_deepspeeds(*, gpu_share: float, overlap: bool) -> Iterator[None]
     finally:
         deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3 = original  # pyright: ignore[reportAttributeAccessIssue]
         Stage3.gpu_share, Stage3.overlap = former
-
-

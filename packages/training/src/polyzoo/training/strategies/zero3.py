@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from polyzoo.core.log import get_logger
 from polyzoo.core.seeding import capture_random_state, restore_random_state
-from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
+from polyzoo.training.checkpoint.flat import BUFFER, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.doctor import check_libaio
 from polyzoo.training.drive import check_drive
@@ -67,7 +67,7 @@ def import_deepspeed(device: torch.device) -> Any:
     _mend_architectures()
     # DeepSpeed calls what newer versions of torch have renamed, at every reduction.
     warnings.filterwarnings("ignore", message=".*_tensor.? is deprecated", category=FutureWarning)
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     deepspeed.utils.logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
     if device.type != "cuda":
@@ -189,9 +189,7 @@ class ZeroThree:
             world=self.world.size, dtype=_DTYPE_NAMES[self.dtype], live_parameters=live,
         )  # fmt: skip
 
-    def _start(
-        self, deepspeed: Any, model: nn.Module, param_groups: ParamGroups | None
-    ) -> Any:
+    def _start(self, deepspeed: Any, model: nn.Module, param_groups: ParamGroups | None) -> Any:
         from polyzoo.training.strategies.stage3 import in_place_of_deepspeeds
 
         optimizer = self._build_optimizer(model, param_groups)
@@ -214,7 +212,9 @@ class ZeroThree:
             for group in plain.param_groups
         ]
         if self.config.tier.host_optimizer == "deepspeed":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
+            from deepspeed.ops.adam import (  # pyright: ignore[reportMissingImports]
+                DeepSpeedCPUAdam,
+            )
 
             return DeepSpeedCPUAdam(
                 groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True
@@ -400,7 +400,10 @@ class _Reading:
         with self.optimizer.resident(index) as weights:
             state = self.optimizer.state_of(weights)
             on_drive = self.optimizer._swappable_optimizer_subgroup(index)
-            tensors = {MASTER: weights.data, **{key: state[key] for key in _MOMENTS if key in state}}
+            tensors = {
+                MASTER: weights.data,
+                **{key: state[key] for key in _MOMENTS if key in state},
+            }
             # Buffers of the drive are lent; memory of its own can be read in place.
             self._held = {
                 key: value.detach().clone() if on_drive else value.detach()
@@ -438,5 +441,3 @@ def _refuse_other_optimizer(config: TrainConfig, name: str) -> None:
             "zero3 flattens parameters into groups, and its host step is AdamW's",
             "use optim.name=adamw, or a strategy that is not zero3",
         )
-
-

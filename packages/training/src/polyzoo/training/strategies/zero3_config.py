@@ -1,4 +1,4 @@
-"""DeepSpeed's settings from the model and the machine; what goes wrong with its defaults. Torch-free.
+"""DeepSpeed's settings from the model and the machine, past what its defaults do. Torch-free.
 
 Each rule names the trap of DeepSpeed 0.19 that it avoids; the README lists them.
 """

@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 _OF_A_PRODUCT = 0.57  # of a large product's rate is what a whole transformer step reaches
 _PRODUCT = 8192
 _COPY = 256 * 2**20  # bytes
-_FLAT = 64 * 2**20  # elements of the optimizer's trial
+_FLAT = 32 * 2**20  # elements of the optimizer's trial
 _PIECE = 8 * 2**20  # bytes of one direct read or write
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from support.forks import Fork
 
 Work = Callable[[int], Any]
-_STUCK = 25  # seconds
+_STUCK = 240  # seconds
 
 
 def free_port() -> int:

@@ -124,10 +124,10 @@ def test_the_fastest_that_fits_is_recommended() -> None:
     assert large.recommended in ("zero3-opt-cpu", "zero3-cpu")
     without = recommend(transformer(32, 4096), MachineSpec(), work, has_deepspeed=False)
     assert without.recommended in ("fsdp2-cpu", None)
-    drive = MachineSpec(host_bytes=48 * GIB, drive_bytes=200 * GIB)
-    four = recommend(transformer(32, 4096), drive, work, steps=100_000)
-    assert four.recommended == "zero3-nvme"
-    assert any("W-WEAR" in note for note in four.notes)
+    drive = MachineSpec(gpu_bytes=16 * GIB, host_bytes=48 * GIB, drive_bytes=200 * GIB)
+    offloaded = recommend(transformer(32, 4096), drive, work, steps=100_000)
+    assert offloaded.recommended == "zero3-nvme"
+    assert any("W-WEAR" in note for note in offloaded.notes)
     nothing = recommend(transformer(96, 12_288), MachineSpec(), work)
     assert nothing.recommended is None
     assert "nothing fits" in nothing.notes[0]

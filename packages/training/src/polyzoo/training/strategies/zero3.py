@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from polyzoo.training.ema import Master
 from polyzoo.training.errors import TrainingError
 from polyzoo.training.footprint import memory_report
 from polyzoo.training.optim import ParamGroups, build_optimizer, set_learning_rate
-from polyzoo.training.precision import compute_dtype
+from polyzoo.training.precision import compute_dtype, forward_context
 from polyzoo.training.strategies.base import UpdateReport
 from polyzoo.training.strategies.blocks import full_size, shard_blocks
 from polyzoo.training.strategies.host_adamw import HostAdamW
@@ -68,6 +68,9 @@ def import_deepspeed(device: torch.device) -> Any:
     # DeepSpeed calls what newer versions of torch have renamed, at every reduction.
     warnings.filterwarnings("ignore", message=".*_tensor.? is deprecated", category=FutureWarning)
     import deepspeed  # pyright: ignore[reportMissingImports]
+    import deepspeed.runtime.torch_autocast as autocast  # pyright: ignore[reportMissingImports]
+
+    autocast._WARNED_NESTED_AUTOCAST = True  # we enter it again inside of the engine
 
     deepspeed.utils.logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
     if device.type != "cuda":
@@ -193,10 +196,14 @@ class ZeroThree:
         from polyzoo.training.strategies.stage3 import in_place_of_deepspeeds
 
         optimizer = self._build_optimizer(model, param_groups)
+        sizes = sizes_of(model)
+        if self.drive is not None:
+            drive, needed = self.drive, self._drive_bytes(sizes)
+            self.world.main_only(lambda: check_drive(drive, needed=needed))
         tier = self.config.tier
         with in_place_of_deepspeeds(gpu_share=tier.gpu_optimizer_share, overlap=tier.overlap):
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self._settings(sizes_of(model))
+                model=model, optimizer=optimizer, config=self._settings(sizes)
             )
         return engine
 
@@ -222,6 +229,11 @@ class ZeroThree:
         threads = self.config.tier.host_threads or share_cores(self.world.launch)
         return HostAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, threads=threads)
 
+    def _drive_bytes(self, sizes: ModelSizes) -> int:
+        """Return what this node's drive takes: weights, moments and gradients in fp32, and more."""
+        each = 16 + (self.dtype.itemsize if self.offload.parameters == "nvme" else 0)
+        return each * sizes.trainable * self.world.launch.local_world_size // self.world.size
+
     def _prepare_drive(self) -> Path | None:
         if not self.offload.uses_drive:
             return None
@@ -238,9 +250,11 @@ class ZeroThree:
 
     def _dispatch(self, *arguments: Any, **named: Any) -> Any:
         route, self._route = self._route, None
-        if route is None:
-            return self._forward(*arguments, **named)
-        return getattr(self.model, route)(*arguments, **named)
+        # The engine switches autocast off, and would then refuse fp32 inputs beside 16-bit weights.
+        with forward_context(self.dtype, self.device):
+            if route is None:
+                return self._forward(*arguments, **named)
+            return getattr(self.model, route)(*arguments, **named)
 
     def call_method(self, model: Any, method: str, *arguments: Any, **named: Any) -> Any:
         """Call a method of the model other than forward, with the hooks of a forward pass."""
@@ -250,10 +264,10 @@ class ZeroThree:
         return self.engine(*arguments, **named)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Return a context that changes nothing: DeepSpeed computes in the weights' dtype."""
+        """Return the autocast context of a forward pass."""
         # A step that calls only methods of submodules must still count as a new micro-batch.
         self.optimizer.clear_backward_seen_flag()
-        return nullcontext()
+        return forward_context(self.dtype, self.device)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; the last one brings them to the optimizer."""

@@ -51,8 +51,11 @@ class RegionSpot(nn.Module):
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """Return SAM's embedding of `(b, 3, H, W)` pixels, 0 to 255, longer side its input."""
+        return self.encode_pixels(sams.preprocess(self.sam, images.float()))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return SAM's embedding of normalised and padded `(b, 3, S, S)` images."""
         with torch.no_grad():
-            pixels = sams.preprocess(self.sam, images.float())
             weight = self.sam.image_encoder.patch_embed.proj.weight
             return sams.encode_image(self.sam.image_encoder, pixels.to(weight.dtype))
 

@@ -17,6 +17,7 @@ from polyzoo.regionspot.presets import RegionSpotTrainConfig
 from polyzoo.regionspot.scene_material import SceneMaterial, read_material
 from polyzoo.regionspot.scene_model import SceneSpot
 from polyzoo.regionspot.scene_objective import SceneStep, evaluate
+from polyzoo.regionspot.words import WordTable
 from polyzoo.training import StepContext, StepOutput, Trainer
 
 _log = get_logger(__name__)
@@ -68,7 +69,7 @@ def _train_scenes(config: RegionSpotTrainConfig) -> RegionSpotTrainReport:
     )
     model = result.model
     assert isinstance(model, SceneSpot)  # noqa: S101 - our own promise
-    scene_folder.save(config.out, model)
+    scene_folder.save(config.out, model, WordTable.load(config.scenes.material))
     return RegionSpotTrainReport(
         out=str(config.out),
         run_dir=str(result.run_dir),

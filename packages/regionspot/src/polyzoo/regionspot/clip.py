@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,12 +88,15 @@ def text_width(clip: nn.Module) -> int:
         return clip.encode_text(torch.zeros(1, length, dtype=torch.long, device=device)).shape[-1]
 
 
-def feature_map(clip: nn.Module, pixels: Tensor) -> Tensor:
+def feature_map(
+    clip: nn.Module, pixels: Tensor, *, block: Callable[[Any, Tensor], Tensor] | None = None
+) -> Tensor:
     """Return the last block's tokens, before the last norm and the projection.
 
     Args:
         clip: Any open_clip model.
         pixels: `(b, 3, H, W)`, normalised, of the model's size.
+        block: A compiled `block_forward`.
 
     Returns:
         `(b, m, d)`, the class token first where the tower has one.
@@ -103,9 +107,15 @@ def feature_map(clip: nn.Module, pixels: Tensor) -> Tensor:
     x = visual.conv1(pixels).flatten(2).transpose(1, 2)
     first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
     x = visual.ln_pre(torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype))
-    for block in visual.transformer.resblocks:
-        x = _block(block, x, causal=False)
+    step = block or block_forward
+    for layer in visual.transformer.resblocks:
+        x = step(layer, x)
     return x
+
+
+def block_forward(block: Any, x: Tensor) -> Tensor:
+    """Run one block of the image tower on `(b, n, d)`."""
+    return _block(block, x, causal=False)
 
 
 def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:

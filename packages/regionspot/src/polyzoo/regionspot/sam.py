@@ -7,6 +7,7 @@ without an n x m matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from polyzoo.regionspot.config import SamConfig
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam
 
+BlockForward = Callable[[nn.Module, Tensor], Tensor]
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -80,12 +82,15 @@ def preprocess(sam: Sam, image: Tensor) -> Tensor:
     return F.pad(normal, (0, side - image.shape[-1], 0, side - image.shape[-2]))
 
 
-def encode_image(encoder: ImageEncoderViT, pixels: Tensor) -> Tensor:
+def encode_image(
+    encoder: ImageEncoderViT, pixels: Tensor, *, block: BlockForward | None = None
+) -> Tensor:
     """Return the image embedding.
 
     Args:
         encoder: `sam.image_encoder`.
         pixels: `(b, 3, S, S)`, normalised and padded.
+        block: A compiled `block_forward`.
 
     Returns:
         `(b, c, S / patch, S / patch)`.
@@ -93,8 +98,9 @@ def encode_image(encoder: ImageEncoderViT, pixels: Tensor) -> Tensor:
     x = encoder.patch_embed(pixels)
     if encoder.pos_embed is not None:
         x = x + encoder.pos_embed
-    for block in encoder.blocks:
-        x = _block(block, x)
+    step = block or block_forward
+    for layer in encoder.blocks:
+        x = step(layer, x)
     return encoder.neck(x.permute(0, 3, 1, 2))
 
 
@@ -158,7 +164,8 @@ def _positions(encoder: PromptEncoder, points: Tensor) -> Tensor:
         return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-def _block(block: nn.Module, x: Tensor) -> Tensor:
+def block_forward(block: nn.Module, x: Tensor) -> Tensor:
+    """Run one block of the image encoder on `(b, H, W, c)`."""
     shortcut = x
     x = block.norm1(x)
     size = block.window_size

@@ -95,15 +95,7 @@ class SamEngine:
             points_per_side: Of the grid that finds things by itself.
             token_chunk: Boxes that SAM decodes at a time.
         """
-        self.model = model.to(device).eval().requires_grad_(False)
-        pixel = (model.sam.pixel_mean, model.sam.pixel_std)
-        if dtype != torch.float32:
-            positions = model.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.clone()
-            scale = model.clip.logit_scale.detach().clone()
-            model.to(dtype)
-            model.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix = positions
-            model.sam.pixel_mean, model.sam.pixel_std = pixel
-            model.clip.logit_scale.data = scale
+        self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.tokenize = tokenize
         self.device, self.dtype = device, dtype
         self.templates, self.cleaning, self.cache = templates, cleaning, cache

@@ -171,7 +171,7 @@ class PrepareConfig:
     """Side of the cut-outs."""
     text_dim: int = 192
     """Channels of the text space."""
-    words: int = 8000
+    words: int = 10600
     """Words in the text table."""
-    fit_steps: int = 150
+    fit_steps: int = 120
     """Steps with which the table is fitted to MiniLM."""

@@ -5,7 +5,7 @@
 Random weights. A step is what `polyzoo regionspot train PRESET` does on the device: normalise the
 small images, run frozen CLIP (and, without the cache, frozen SAM), the module forward and
 backward, clip the gradient, AdamW. Batches are on the device already; how fast one process reads
-samples from a cache on disk is measured beside it. Both variants compile the towers' blocks.
+samples from a cache on disk is measured beside it. `--compile` holds for both variants.
 
 One JSON line per figure. `hours` extrapolates the preset's 450,000 steps of 16 images (one stage
 over about 3 M images). `bytes_per_image` is what `polyzoo regionspot cache` stores.
@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a CPU")
+    parser.add_argument("--compile", action="store_true", help="compile the towers' blocks")
     parser.add_argument("--preset", default="paper-bl", choices=[p for p in PRESETS if "paper" in p])
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--boxes", type=int, default=16)
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     freeze(model.sam, dtype)
     freeze(model.clip, dtype)
     model.train()
-    if device.type == "cuda":
+    if options.compile:
         model.compile_blocks()
     clip_side = model.clip.visual.image_size
     size = clip_side if isinstance(clip_side, int) else int(clip_side[0])

@@ -158,9 +158,11 @@ def _positions(encoder: PromptEncoder, points: Tensor) -> Tensor:
     """Random Fourier features of pixel centres, in fp32 whatever the model's dtype."""
     with torch.autocast(points.device.type, enabled=False):
         height, width = encoder.input_image_size
-        size = points.new_tensor([width, height], dtype=torch.float32)
+        x, y = (points.float() + 0.5).unbind(-1)
+        # No tensor is made from Python numbers here: a CUDA graph could not record the copy.
+        shares = torch.stack([x / width, y / height], -1)
         matrix = encoder.pe_layer.positional_encoding_gaussian_matrix.float()
-        angle = 2 * torch.pi * ((2 * ((points.float() + 0.5) / size) - 1) @ matrix)
+        angle = 2 * torch.pi * ((2 * shares - 1) @ matrix)
         return torch.cat([angle.sin(), angle.cos()], -1)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from polyzoo.core.errors import ConfigError, DataError, WeightsError
 from polyzoo.regionspot.boxes import check_boxes
 from polyzoo.regionspot.clip import build_clip
-from polyzoo.regionspot.config import ClipConfig
+from polyzoo.regionspot.config import ClipConfig, ClipShape
 from polyzoo.regionspot.convert import choose_clip, load_module
 from polyzoo.regionspot.folders import (
     check_quick_gelu,
@@ -230,10 +230,6 @@ def test_towers_must_be_the_ones_of_training(tmp_path: Path):
 
 
 def test_plain_gelu_with_openai_weights():
-    clip = build_clip(ClipConfig(name="RN50"))
-    del clip
-    from polyzoo.regionspot.config import ClipShape
-
     plain = build_clip(ClipConfig(shape=ClipShape(quick_gelu=False)))
     with pytest.raises(WeightsError, match="ViT-B-16-quickgelu"):
         check_quick_gelu(plain, "ViT-B-16", openai=True)

@@ -6,11 +6,12 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from polyzoo.core.errors import DataError
@@ -91,11 +92,24 @@ def _coco(
     return {name: float(value) for name, value in zip(names, run.stats[:6], strict=True)}
 
 
+@contextlib.contextmanager
+def _old_numpy_names() -> Iterator[None]:
+    """Lend NumPy the name `float`, which lvis 0.5.3 still uses and NumPy has not had since 1.24."""
+    missing = "float" not in vars(np)
+    if missing:
+        np.float = float  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        if missing:
+            del np.float  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _lvis(
     annotations: Path, results: Sequence[dict[str, Any]], kind: str, image_ids: Sequence[int]
 ) -> dict[str, float]:
     lvis = import_extra("lvis", install="polyzoo-regionspot[eval]")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _old_numpy_names():
         path = Path(folder) / "results.json"
         path.write_text(json.dumps(list(results)))
         run = lvis.LVISEval(str(annotations), str(path), kind)

@@ -81,9 +81,7 @@ class Plain(nn.Module):
             pixels, indices=1, normalize_intermediates=False, intermediates_only=True,
             output_fmt="NLC", output_extra_tokens=True,
         )  # fmt: skip
-        return torch.cat(
-            [out["image_intermediates_prefix"][-1], out["image_intermediates"][-1]], 1
-        )
+        return torch.cat([out["image_intermediates_prefix"][-1], out["image_intermediates"][-1]], 1)
 
     def compile_towers(self) -> None:
         """Compile both image towers as wholes."""
@@ -112,9 +110,7 @@ class Plain(nn.Module):
         """Region embeddings."""
         embeddings = self.encoder(sam)
         memory = self.visual(clip)
-        tokens = torch.stack(
-            [self.decode(e, b) for e, b in zip(embeddings, boxes, strict=True)]
-        )
+        tokens = torch.stack([self.decode(e, b) for e, b in zip(embeddings, boxes, strict=True)])
         return self.module(tokens, memory)
 
 
@@ -253,9 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for masks in (False, True):
             for batch in options.batches:
                 begin = time.perf_counter()
-                run = GraphedRegions(
-                    model, images=batch, boxes=options.boxes, want_masks=masks
-                )
+                run = GraphedRegions(model, images=batch, boxes=options.boxes, want_masks=masks)
                 wait = time.perf_counter() - begin
                 arguments_ = half(batch)
                 wrong = error(run(*arguments_), batch)

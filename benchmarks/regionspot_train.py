@@ -108,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--small", action="store_true", help="a tiny model, for a CPU")
     parser.add_argument("--compile", action="store_true", help="compile the towers' blocks")
-    parser.add_argument("--preset", default="paper-bl", choices=[p for p in PRESETS if "paper" in p])
+    parser.add_argument(
+        "--preset", default="paper-bl", choices=[p for p in PRESETS if "paper" in p]
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--boxes", type=int, default=16)
     options = parser.parse_args(arguments)

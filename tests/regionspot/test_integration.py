@@ -53,9 +53,7 @@ def test_boxes_see_each_other_unless_told_not_to():
     plain = module()(tokens, memory)
     assert (module()(twice, memory)[:, :4] - plain).abs().max() > 1e-3
     alone = module().independent(tokens, memory)
-    torch.testing.assert_close(
-        module().independent(twice, memory)[:, :4], alone, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(module().independent(twice, memory)[:, :4], alone, rtol=0, atol=1e-6)
     torch.testing.assert_close(alone[:, :1], module()(tokens[:, :1], memory), rtol=0, atol=1e-6)
 
 
@@ -73,7 +71,8 @@ def test_class_order_permutes_logits():
     regions, classes = torch.randn(3, 10), torch.nn.functional.normalize(torch.randn(6, 10), dim=1)
     order = torch.randperm(6)
     torch.testing.assert_close(
-        region_logits(regions, classes[order], 20.0), region_logits(regions, classes, 20.0)[:, order]
+        region_logits(regions, classes[order], 20.0),
+        region_logits(regions, classes, 20.0)[:, order],
     )
     assert region_logits(torch.zeros(1, 10), classes, 20.0).isfinite().all()
 
@@ -81,9 +80,7 @@ def test_class_order_permutes_logits():
 def test_focal_loss_is_its_definition():
     logits, targets = torch.randn(50) * 4, (torch.rand(50) < 0.3).float()
     p = logits.double().sigmoid()
-    wanted = torch.where(
-        targets > 0, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
-    )
+    wanted = torch.where(targets > 0, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log())
     torch.testing.assert_close(focal_loss(logits, targets).double(), wanted, rtol=1e-4, atol=1e-6)
     assert focal_loss(torch.tensor([900.0, -900.0]), torch.tensor([0.0, 1.0])).isfinite().all()
 

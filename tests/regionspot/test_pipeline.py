@@ -114,9 +114,7 @@ def test_rejection(pipeline: RegionSpotPipeline):
     torch.testing.assert_close(against.scores, plain.scores[:, :1])
     assert torch.equal(against.rejected, plain.best == 1)
     with pytest.raises(DataError, match="not a TextClassifier"):
-        session.predict(
-            names=pipeline.classifier(NAMES), negative_names=["cat"], boxes=boxes()
-        )
+        session.predict(names=pipeline.classifier(NAMES), negative_names=["cat"], boxes=boxes())
 
 
 def test_mirrored_average_does_not_depend_on_the_side(pipeline: RegionSpotPipeline):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -270,7 +269,9 @@ class CachedData:
                 )
             shard = read_weights(path)
             self._shards.append(shard)
-            self._starts.append(torch.cat([torch.zeros(1, dtype=torch.long), shard["counts"].cumsum(0)]))
+            self._starts.append(
+                torch.cat([torch.zeros(1, dtype=torch.long), shard["counts"].cumsum(0)])
+            )
             self._places += [(place, row) for row in range(len(shard["counts"]))]
 
     def __len__(self) -> int:
@@ -280,8 +281,8 @@ class CachedData:
         place, row = self._places[index]
         shard, starts = self._shards[place], self._starts[place]
         part = slice(int(starts[row]), int(starts[row + 1]))
-        # The loader seeds Python's generator for each sample.
-        flip = self.augmented and random.random() < 0.5
+        # The loader seeds torch's generator for each batch.
+        flip = self.augmented and bool(torch.rand(()) < 0.5)
         image = shard["images"][row]
         return Sample(
             clip=image.flip(-1) if flip else image,

@@ -132,9 +132,7 @@ def load_module(model: RegionSpot, module: dict[str, Tensor], *, source: str) ->
         raise WeightsError(f"{source}: {len(module)} trained tensors; there must be {TRAINED}")
 
 
-def compare_tower(
-    tower: nn.Module, stored: dict[str, Tensor], *, name: str, given: bool
-) -> None:
+def compare_tower(tower: nn.Module, stored: dict[str, Tensor], *, name: str, given: bool) -> None:
     """Take a checkpoint's frozen tower, or compare it with the one given.
 
     Raises:

@@ -179,9 +179,7 @@ def augment(
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         width = image.width
-        boxes = torch.stack(
-            [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
-        )
+        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
     return image, boxes, labels
 
 
@@ -224,8 +222,8 @@ class OnlineData:
         image = read_image(row.file)
         boxes, labels = row.boxes, row.labels
         if self.augmented:
-            # The loader seeds Python's generator for each sample.
-            drawn = random.Random(random.getrandbits(64))
+            # The loader seeds torch's generator for each batch.
+            drawn = random.Random(int(torch.randint(2**62, ())))  # noqa: S311 - no secret
             crop = random_crop(image.width, image.height, drawn)
             flip = drawn.random() < 0.5
             cut = augment(image, boxes, labels, flip=flip, crop=crop)

@@ -73,9 +73,7 @@ def evaluate(config: EvalConfig, dataset: Dataset, pipeline: RegionSpotPipeline)
         boxes, scores = image.boxes, None
         if proposals is not None:
             boxes, scores = proposals.get(image.id, (torch.zeros(0, 4), torch.zeros(0)))
-        logits, kept, session, spent = _named(
-            pipeline, classifier, image, boxes, flip=config.flip
-        )
+        logits, kept, session, spent = _named(pipeline, classifier, image, boxes, flip=config.flip)
         seconds += spent
         logits = logits[:, columns]
         if proposals is None:
@@ -181,7 +179,7 @@ def _read_proposals(path: Path) -> dict[int, tuple[Tensor, Tensor]]:
         raise DataError(f"{path}: no such file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: must be JSON such as {{\"17\": {{\"boxes\": [[x1, y1, x2, y2]], \"scores\": "
+            f'{path}: must be JSON such as {{"17": {{"boxes": [[x1, y1, x2, y2]], "scores": '
             f"[0.9]}}}} ({error!r})"
         ) from error
 

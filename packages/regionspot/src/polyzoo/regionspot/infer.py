@@ -144,5 +144,3 @@ def render(report: InferReport) -> str:
             mark = "  (rejected)" if region.get("rejected") else ""
             lines.append(f"  {box}  {region['name']} {region['score']:.2f}   {rest}{mark}")
     return "\n".join(lines)
-
-

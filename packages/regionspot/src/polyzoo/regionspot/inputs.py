@@ -82,7 +82,7 @@ def _from_array(values: np.ndarray) -> Image.Image:
         return Image.fromarray(values)
     if values.dtype != np.uint8:
         low, high = (float(f(values)) if values.size else 0.0 for f in (np.min, np.max))
-        hint = "; multiply by 255 and convert" if 0 <= low and high <= 1 else ""
+        hint = "; multiply by 255 and convert" if low >= 0 and high <= 1 else ""
         raise DataError(
             f"the array is {described} with values {low:g}..{high:g}; give uint8 of 0..255{hint}"
         )

@@ -97,12 +97,12 @@ def _old_numpy_names() -> Iterator[None]:
     """Lend NumPy the name `float`, which lvis 0.5.3 still uses and NumPy has not had since 1.24."""
     missing = "float" not in vars(np)
     if missing:
-        np.float = float  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(np, "float", float)  # noqa: B010 - the type checker knows there is no such name
     try:
         yield
     finally:
         if missing:
-            del np.float  # pyright: ignore[reportAttributeAccessIssue]
+            delattr(np, "float")
 
 
 def _lvis(

@@ -125,9 +125,13 @@ class RegionSpot(nn.Module):
                 )
                 parts.append(
                     decode(
-                        self.sam.mask_decoder, embedding[None], positions, sparse, dense,
+                        self.sam.mask_decoder,
+                        embedding[None],
+                        positions,
+                        sparse,
+                        dense,
                         masks=want_masks,
-                    )  # fmt: skip
+                    )
                 )
         return _joined(parts)
 
@@ -135,9 +139,7 @@ class RegionSpot(nn.Module):
         """Return CLIP's tokens `(b, m, d)` of normalised, squashed images `(b, 3, S, S)`."""
         with torch.no_grad():
             weight = next(self.clip.visual.parameters())
-            return clips.feature_map(
-                self.clip, pixels.to(weight.dtype), block=self._clip_block
-            )
+            return clips.feature_map(self.clip, pixels.to(weight.dtype), block=self._clip_block)
 
     def forward(self, tokens: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
         """Return region embeddings `(b, k, t)`, not normalised; see `Integration`."""

@@ -62,7 +62,7 @@ class InferConfig:
     def __post_init__(self) -> None:
         """Check the relations between fields."""
         if not self.names and self.names_file is None:
-            raise UsageError("give --names \"cat,dog\" or --names-file FILE: what may it be?")
+            raise UsageError('give --names "cat,dog" or --names-file FILE: what may it be?')
         given = [self.boxes is not None, bool(self.point), self.auto]
         if sum(given) > 1:
             raise UsageError("--boxes, --point and --auto exclude one another")

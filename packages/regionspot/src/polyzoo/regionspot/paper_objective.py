@@ -111,12 +111,8 @@ def _repeated(tokens: Tensor, labels: Tensor, present: Tensor) -> tuple[Tensor, 
     return torch.stack(rows), pad_labels([x[p] for x, p in zip(labels, present, strict=True)])
 
 
-def vocabulary_of(
-    names: tuple[str, ...], built: tuple[tuple[str, ...], Tensor]
-) -> Tensor:
+def vocabulary_of(names: tuple[str, ...], built: tuple[tuple[str, ...], Tensor]) -> Tensor:
     """Return class vectors in the order of the data set's names."""
     have, vectors = built
     rows = {name: row for row, name in enumerate(have)}
     return vectors[[rows[name.strip()] for name in names]]
-
-

@@ -224,10 +224,13 @@ class RegionSpotPipeline:
         target = resolve_device(device)
         return cls(
             load_engine(
-                name_or_path, device=target, dtype=resolve_dtype(dtype, target),
-                sam_weights=sam_weights, clip_weights=clip_weights,
+                name_or_path,
+                device=target,
+                dtype=resolve_dtype(dtype, target),
+                sam_weights=sam_weights,
+                clip_weights=clip_weights,
                 local_files_only=local_files_only,
-            )  # fmt: skip
+            )
         )
 
     def classifier(self, names: Labels) -> TextClassifier:
@@ -255,9 +258,7 @@ class RegionSpotPipeline:
             )
         return self.engine.classifier([*checked, *extra]), len(checked)
 
-    def open(
-        self, image: Any, *, max_pixels: int = MAX_PIXELS, flip: bool = False
-    ) -> Session:
+    def open(self, image: Any, *, max_pixels: int = MAX_PIXELS, flip: bool = False) -> Session:
         """Look at an image once and return a session for it.
 
         Args:
@@ -345,7 +346,9 @@ class RegionSpotPipeline:
             part = range(start, min(len(given), start + max(1, batch_size)))
             pictures = [read_image(given[i], max_pixels=max_pixels) for i in part]
             views = self.engine.open(pictures)
-            mirrored = self.engine.open([_flip(p) for p in pictures]) if flip else [None] * len(part)
+            mirrored = (
+                self.engine.open([_flip(p) for p in pictures]) if flip else [None] * len(part)
+            )
             sessions = [Session(self, v, m) for v, m in zip(views, mirrored, strict=True)]
             asked = [
                 session._prompt(
@@ -360,9 +363,14 @@ class RegionSpotPipeline:
             for session, prompt, found in zip(sessions, asked, embeddings, strict=True):
                 results.append(
                     session._finish(
-                        prompt, found, classifier, shown, masks=masks,
-                        min_similarity=min_similarity, independent=independent,
-                    )  # fmt: skip
+                        prompt,
+                        found,
+                        classifier,
+                        shown,
+                        masks=masks,
+                        min_similarity=min_similarity,
+                        independent=independent,
+                    )
                 )
         return results if several else results[0]
 

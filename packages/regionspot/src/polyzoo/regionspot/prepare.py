@@ -33,18 +33,8 @@ people are near-duplicates of one another, symbols and flags teach lettering."""
 _FEW_STYLES = {0: ("fluent-3d", "noto"), 1: ("fluent-3d", "noto")}
 _SOLID = 1.5
 _SALIENCY = 112
-EXTRA_WORDS = (
-    "headlight taillight bumper fender hydrant pagoda frisbee earring stapler tyre stirrup hammock "
-    "gazebo turbine windmill scaffold dumbbell barbell trampoline skateboarder snowboarder surfer "
-    "kayaker jogger cyclist pedestrian bystander toddler infant teenager selfie passerby parasol "
-    "awning shutter doorknob keyhole hinge faucet spigot showerhead bathtub bidet toiletry mousepad "
-    "touchpad webcam headset earbud earphone smartwatch drone quadcopter hoverboard segway moped "
-    "rickshaw gondola catamaran paddleboard lifejacket flipper goggles snorkel sunhat beanie hoodie "
-    "cardigan legging flipflop stiletto clog cufflink lanyard tote duffel briefcase wheelbarrow "
-    "chainsaw lawnmower hedge shrub topiary succulent bonsai cupcake brownie croissant bagel donut "
-    "muffin pancake waffle taco burrito sushi ramen noodle spaghetti lasagna meatball dumpling tofu "
-    "hummus guacamole salsa smoothie milkshake latte cappuccino teapot teacup saucer goblet decanter"
-).split()
+EXTRA_WORDS = Path(__file__).parent / "assets" / "extra_words.txt"
+"""Things that people name and that MiniLM's vocabulary does not hold as whole words."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,9 @@ def main(config: PrepareConfig) -> PrepareReport:
     from polyzoo.towers import load_text_tower
     from polyzoo.towers.classifier import class_names
 
-    folders = {name: asset_folder(name) for name in ("minilm", "efficientnet-lite0", "dinov2-small")}
+    folders = {
+        name: asset_folder(name) for name in ("minilm", "efficientnet-lite0", "dinov2-small")
+    }
     pack = IconPack.open(config.icons)
     chosen = [i for i, record in enumerate(pack.records) if _fits(record)]
     if not chosen:
@@ -228,9 +220,8 @@ def _write_words(
         for tag in record.tags:
             named[tag] = named.get(tag, 0) + 1
     reference = F.normalize(torch.cat([classes, vectors]) @ basis, dim=-1)
-    words = choose_words(
-        named, _common_words(), encode, reference, count=config.words, extra=EXTRA_WORDS
-    )
+    extra = EXTRA_WORDS.read_text(encoding="utf-8").split()
+    words = choose_words(named, _common_words(), encode, reference, count=config.words, extra=extra)
     phrases = sorted(
         {part.strip() for name in named for part in name.split(",") if 1 < len(part.split()) < 5}
     )

@@ -136,7 +136,9 @@ def encode_prompts(
         kinds = torch.stack([encoder.point_embeddings[i].weight[0] for i in (2, 3)])
         parts.append(corners + kinds.to(corners.dtype))
     weight = encoder.no_mask_embed.weight
-    sparse = torch.cat(parts, 1).to(weight.dtype) if parts else weight.new_zeros(1, 0, weight.shape[1])
+    sparse = (
+        torch.cat(parts, 1).to(weight.dtype) if parts else weight.new_zeros(1, 0, weight.shape[1])
+    )
     if masks is not None:
         return sparse, encoder.mask_downscaling(masks.to(weight.dtype))
     height, width = encoder.image_embedding_size
@@ -189,15 +191,19 @@ def _attend(layer: nn.Module, x: Tensor) -> Tensor:
     bias = None
     if layer.use_rel_pos:
         grid = q.unflatten(2, (height, width))
-        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _relative(layer.rel_pos_h, height).to(q.dtype))
-        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _relative(layer.rel_pos_w, width).to(q.dtype))
+        rows = torch.einsum(
+            "bnhwc,hkc->bnhwk", grid, _relative(layer.rel_pos_h, height).to(q.dtype)
+        )
+        columns = torch.einsum(
+            "bnhwc,wkc->bnhwk", grid, _relative(layer.rel_pos_w, width).to(q.dtype)
+        )
         bias = DecomposedBias(rows.flatten(2, 3), columns.flatten(2, 3))
     out = attention(q, k, v, bias=bias)
     return layer.proj(out.transpose(1, 2).reshape(b, height, width, channels))
 
 
 def _relative(table: Tensor, size: int) -> Tensor:
-    """Position vectors `(query, key, channel)` of one axis; a table of another size is resampled."""
+    """Position vectors `(query, key, channel)` of one axis; other table sizes are resampled."""
     if table.shape[0] != 2 * size - 1:
         resized = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")
         table = resized[0].T

@@ -46,9 +46,7 @@ class SamView:
 
     def boxes_at(self, points: Tensor, labels: Tensor) -> Tensor:
         """Return the box of the best of SAM's three masks for each prompt."""
-        return sam_proposals.boxes_at(
-            self.engine.model, self.embedding, self.frame, points, labels
-        )
+        return sam_proposals.boxes_at(self.engine.model, self.embedding, self.frame, points, labels)
 
     def masks(self, boxes: Tensor) -> tuple[Rle, ...]:
         """Outline each box with SAM's single mask."""

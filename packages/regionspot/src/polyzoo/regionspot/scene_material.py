@@ -74,9 +74,7 @@ class SceneMaterial:
                 "saliency", "photo_names",
             )
         }  # fmt: skip
-        others = {
-            name: getattr(self, name) for name in ("names", "tower", "photos", "few")
-        }
+        others = {name: getattr(self, name) for name in ("names", "tower", "photos", "few")}
         return SceneMaterial(**moved, **others)
 
 

@@ -81,9 +81,7 @@ class TextClassifier:
         )
 
 
-def class_vectors(
-    clip: nn.Module, tokens: Tensor, *, batch: int = 1024
-) -> Tensor:
+def class_vectors(clip: nn.Module, tokens: Tensor, *, batch: int = 1024) -> Tensor:
     """Average over templates, then scale to length 1 (the published order of the two).
 
     Args:
@@ -103,7 +101,7 @@ def class_vectors(
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return a hash of names, shapes and a sample of every weight: quick, and tells models apart."""
+    """Return a hash of names, shapes and a sample of every weight."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().flatten()

@@ -21,10 +21,11 @@ from polyzoo.regionspot.text import TextClassifier
 
 _log = get_logger(__name__)
 FILE_NAME = "words.safetensors"
-STOP = frozenset(
-    "a an the of and in on with at by to for from as is are or its it this that photo picture "
-    "image no not up out over some any".split()
-)
+STOP = frozenset((
+    "a", "an", "the", "of", "and", "in", "on", "with", "at", "by", "to", "for", "from", "as",
+    "is", "are", "or", "its", "it", "this", "that", "photo", "picture", "image", "no", "not",
+    "up", "out", "over", "some", "any",
+))  # fmt: skip
 _LEAST_PART = 3
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -49,7 +50,7 @@ class CacheReport:
 class TokenMaker:
     """SAM from image to region tokens."""
 
-    def __init__(self, sam: torch.nn.Module, config: SamConfig, device: torch.device) -> None:
+    def __init__(self, sam: Any, config: SamConfig, device: torch.device) -> None:
         self.sam = sam.to(device).eval().requires_grad_(False)
         self.config, self.device = config, device
 

@@ -17,7 +17,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def build_clip(config: ClipConfig) -> nn.Module:
+def build_clip(config: ClipConfig) -> Any:
     """Build open_clip's model of this name or shape, with random weights.
 
     Raises:
@@ -32,8 +32,9 @@ def build_clip(config: ClipConfig) -> nn.Module:
             f"clip.name={config.name!r}: open_clip has no such model; open_clip.list_models() "
             "names them, such as ViT-B-16-quickgelu or ViT-L-14-336-quickgelu"
         )
-    size = {} if config.image_size is None else {"force_image_size": config.image_size}
-    return open_clip.create_model(config.name, load_weights=False, **size)
+    return open_clip.create_model(
+        config.name, load_weights=False, force_image_size=config.image_size
+    )
 
 
 def _build_shape(shape: ClipShape) -> nn.Module:
@@ -58,13 +59,13 @@ def _build_shape(shape: ClipShape) -> nn.Module:
     )
 
 
-def input_size(clip: nn.Module) -> tuple[int, int]:
+def input_size(clip: Any) -> tuple[int, int]:
     """Height and width the image tower takes."""
     size = clip.visual.image_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def map_width(clip: nn.Module) -> int:
+def map_width(clip: Any) -> int:
     """Channels of the feature map."""
     visual = clip.visual
     if _is_vit(visual):
@@ -75,7 +76,7 @@ def map_width(clip: nn.Module) -> int:
         return feature_map(clip, parameter.new_zeros(1, 3, height, width)).shape[-1]
 
 
-def text_width(clip: nn.Module) -> int:
+def text_width(clip: Any) -> int:
     """Channels of the common space."""
     projection = getattr(clip, "text_projection", None)
     if isinstance(projection, nn.Linear):
@@ -89,7 +90,7 @@ def text_width(clip: nn.Module) -> int:
 
 
 def feature_map(
-    clip: nn.Module, pixels: Tensor, *, block: Callable[[Any, Tensor], Tensor] | None = None
+    clip: Any, pixels: Tensor, *, block: Callable[[Any, Tensor], Tensor] | None = None
 ) -> Tensor:
     """Return the last block's tokens, before the last norm and the projection.
 
@@ -118,7 +119,7 @@ def block_forward(block: Any, x: Tensor) -> Tensor:
     return _block(block, x, causal=False)
 
 
-def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
+def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """Embed texts, not normalised; padding behind the longest of them is not computed.
 
     Args:
@@ -128,7 +129,7 @@ def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
     from open_clip.model import CLIP
 
     plain = (
-        isinstance(clip, CLIP)
+        type(clip) is CLIP
         and clip.text_pool_type == "argmax"
         and clip.attn_mask is not None
         and all(_is_plain(block) for block in clip.transformer.resblocks)
@@ -149,7 +150,7 @@ def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
-def uses_quick_gelu(clip: nn.Module) -> bool | None:
+def uses_quick_gelu(clip: Any) -> bool | None:
     """Tell whether the towers use QuickGELU; None where they are of another kind."""
     from open_clip.transformer import QuickGELU
 
@@ -178,7 +179,7 @@ def resize_positions(table: Tensor, side: int, *, antialias: bool = False) -> Te
     return torch.cat([first, picture.flatten(2)[0].T.to(table.dtype)])
 
 
-def _is_vit(visual: nn.Module) -> bool:
+def _is_vit(visual: Any) -> bool:
     from open_clip.transformer import VisionTransformer
 
     return (
@@ -210,7 +211,7 @@ def _attend(layer: nn.MultiheadAttention, x: Tensor, *, causal: bool) -> Tensor:
     return layer.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def _other_map(visual: nn.Module, pixels: Tensor) -> Tensor:
+def _other_map(visual: Any, pixels: Tensor) -> Tensor:
     """Tokens of towers that open_clip takes from elsewhere; their attention is their own."""
     out = visual.forward_intermediates(
         pixels, indices=1, normalize_intermediates=False, intermediates_only=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,7 +118,7 @@ def fill_tower(tower: nn.Module, path: str | Path) -> None:
 _OLD_CLIP = {"input_resolution", "context_length", "vocab_size"}
 
 
-def check_quick_gelu(clip: nn.Module, name: str, *, openai: bool) -> None:
+def check_quick_gelu(clip: Any, name: str, *, openai: bool) -> None:
     """Refuse OpenAI's weights in a tower with plain GELU: open_clip loads them all the same.
 
     Raises:

@@ -81,9 +81,9 @@ def _coco(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth = COCO(str(annotations))
+    truth: Any = COCO(str(annotations))
     truth.dataset.setdefault("info", {})
-    run = COCOeval(truth, truth.loadRes(list(results)), kind)
+    run: Any = COCOeval(truth, truth.loadRes(list(results)), kind)  # pyright: ignore[reportArgumentType]
     run.params.imgIds = list(image_ids)
     run.evaluate()
     run.accumulate()

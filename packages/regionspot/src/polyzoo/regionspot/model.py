@@ -28,6 +28,9 @@ class RegionSpot(nn.Module):
         """Build it with random weights."""
         super().__init__()
         self.config = config
+        # Modules of others: their attributes are not typed.
+        self.sam: Any
+        self.clip: Any
         self.sam = sams.build_sam(config.sam)
         self.clip = clips.build_clip(config.clip)
         self.integration = Integration(

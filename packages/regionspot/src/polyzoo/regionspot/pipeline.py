@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from PIL import Image
@@ -271,24 +271,6 @@ class RegionSpotPipeline:
         mirrored = self.engine.open([_flip(picture)])[0] if flip else None
         return Session(self, view, mirrored)
 
-    @overload
-    def __call__(
-        self, images: list[Any] | tuple[Any, ...], *, names: Labels, boxes: Any = ...,
-        points: Any = ..., point_labels: Any = ..., auto: bool = ..., box_format: BoxFormat = ...,
-        on_invalid: OnInvalid = ..., masks: bool = ..., limit: int = ...,
-        negative_names: Sequence[str] = ..., min_similarity: float | None = ...,
-        independent: bool = ..., flip: bool = ..., batch_size: int = ..., max_pixels: int = ...,
-    ) -> list[RegionResult]: ...  # fmt: skip
-
-    @overload
-    def __call__(
-        self, images: Any, *, names: Labels, boxes: Any = ..., points: Any = ...,
-        point_labels: Any = ..., auto: bool = ..., box_format: BoxFormat = ...,
-        on_invalid: OnInvalid = ..., masks: bool = ..., limit: int = ...,
-        negative_names: Sequence[str] = ..., min_similarity: float | None = ...,
-        independent: bool = ..., flip: bool = ..., batch_size: int = ..., max_pixels: int = ...,
-    ) -> RegionResult: ...  # fmt: skip
-
     def __call__(
         self,
         images: Any,
@@ -308,7 +290,7 @@ class RegionSpotPipeline:
         flip: bool = False,
         batch_size: int = 4,
         max_pixels: int = MAX_PIXELS,
-    ) -> RegionResult | list[RegionResult]:
+    ) -> Any:
         """Name the regions of one image, or of several in their order.
 
         Args:
@@ -329,6 +311,9 @@ class RegionSpotPipeline:
             flip: Average with the mirrored image.
             batch_size: Images in the towers at a time.
             max_pixels: Width times height allowed.
+
+        Returns:
+            A `RegionResult`, or a list of them where a list was given.
 
         Raises:
             DataError: Says which input is wrong, and what to pass instead.

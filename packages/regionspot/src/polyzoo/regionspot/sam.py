@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from polyzoo.attention import DecomposedBias, attention
 from polyzoo.regionspot.config import SamConfig
 
 if TYPE_CHECKING:
-    from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam
+    from segment_anything.modeling import Sam
 
-BlockForward = Callable[[nn.Module, Tensor], Tensor]
+BlockForward = Callable[[Any, Tensor], Tensor]
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -75,16 +75,14 @@ def build_sam(config: SamConfig) -> Sam:
     )
 
 
-def preprocess(sam: Sam, image: Tensor) -> Tensor:
+def preprocess(sam: Any, image: Tensor) -> Tensor:
     """Normalise `(c, H, W)` or `(b, c, H, W)` pixels of 0 to 255 and pad right and bottom."""
     normal = (image - sam.pixel_mean) / sam.pixel_std
     side = sam.image_encoder.img_size
     return F.pad(normal, (0, side - image.shape[-1], 0, side - image.shape[-2]))
 
 
-def encode_image(
-    encoder: ImageEncoderViT, pixels: Tensor, *, block: BlockForward | None = None
-) -> Tensor:
+def encode_image(encoder: Any, pixels: Tensor, *, block: BlockForward | None = None) -> Tensor:
     """Return the image embedding.
 
     Args:
@@ -105,7 +103,7 @@ def encode_image(
 
 
 def encode_prompts(
-    encoder: PromptEncoder,
+    encoder: Any,
     *,
     boxes: Tensor | None = None,
     points: Tensor | None = None,
@@ -145,7 +143,7 @@ def encode_prompts(
     return sparse, weight.reshape(1, -1, 1, 1).expand(1, -1, height, width)
 
 
-def _embed_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Tensor:
+def _embed_points(encoder: Any, points: Tensor, labels: Tensor) -> Tensor:
     found = _positions(encoder, points)
     nothing = encoder.not_a_point_embed.weight.to(found.dtype)
     kinds = [encoder.point_embeddings[i].weight.to(found.dtype) for i in (0, 1)]
@@ -156,7 +154,7 @@ def _embed_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Ten
     return found
 
 
-def _positions(encoder: PromptEncoder, points: Tensor) -> Tensor:
+def _positions(encoder: Any, points: Tensor) -> Tensor:
     """Random Fourier features of pixel centres, in fp32 whatever the model's dtype."""
     with torch.autocast(points.device.type, enabled=False):
         height, width = encoder.input_image_size
@@ -168,7 +166,7 @@ def _positions(encoder: PromptEncoder, points: Tensor) -> Tensor:
         return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-def block_forward(block: nn.Module, x: Tensor) -> Tensor:
+def block_forward(block: Any, x: Tensor) -> Tensor:
     """Run one block of the image encoder on `(b, H, W, c)`."""
     shortcut = x
     x = block.norm1(x)
@@ -183,7 +181,7 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     return x + block.mlp(block.norm2(x))
 
 
-def _attend(layer: nn.Module, x: Tensor) -> Tensor:
+def _attend(layer: Any, x: Tensor) -> Tensor:
     b, height, width, channels = x.shape
     heads = layer.num_heads
     qkv = layer.qkv(x).view(b, height * width, 3, heads, channels // heads)

@@ -96,7 +96,8 @@ class SamEngine:
         self.model = model.to(device, dtype).eval().requires_grad_(False)
         self.tokenize = tokenize
         self.device, self.dtype = device, dtype
-        self.templates, self.cleaning, self.cache = templates, cleaning, cache
+        self.cleaning: Names = cleaning
+        self.templates, self.cache = templates, cache
         self.points_per_side, self.token_chunk = points_per_side, token_chunk
 
     def describe(self) -> dict[str, str]:

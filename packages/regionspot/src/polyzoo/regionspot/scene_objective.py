@@ -102,7 +102,7 @@ class SceneStep:
 
     def _where(self, maps: SceneMaps, made: Scenes) -> tuple[Tensor, Tensor]:
         """Losses of proposals and of saliency on scenes."""
-        size = maps.center.shape[-2:]
+        size = (maps.center.shape[-2], maps.center.shape[-1])
         pasted = F.adaptive_max_pool2d(
             (made.masks & made.present[..., None, None]).any(1)[:, None].float(), size
         )[:, 0]
@@ -131,7 +131,8 @@ class SceneStep:
             teacher = _cropped_names(model, images[:, :3], boxes)
         maps = model.maps(images[:, :3])
         out = model.regions(maps, boxes)
-        wanted = F.adaptive_avg_pool2d(images[:, 3:], maps.saliency.shape[-2:])[:, 0]
+        size = (maps.saliency.shape[-2], maps.saliency.shape[-1])
+        wanted = F.adaptive_avg_pool2d(images[:, 3:], size)[:, 0]
         salient = F.binary_cross_entropy_with_logits(maps.saliency.float(), wanted)
         return borrowed_loss(out.embeddings, teacher), salient
 
@@ -169,9 +170,9 @@ def evaluate(
         "reserved_all": hits(learned, material.vocabulary, labels),
     }
     for name, photos in material.photos.items():
-        rows = [(photo, *_named(model, photo.image, photo.boxes, device)) for photo in photos]
-        truth = torch.cat([photo.labels for photo, *_ in rows]).to(device)
-        for kind, place in (("", 1), ("_mixture", 2)):
+        rows = [_named(model, photo.image, photo.boxes, device) for photo in photos]
+        truth = torch.cat([photo.labels for photo in photos]).to(device)
+        for kind, place in (("", 0), ("_mixture", 1)):
             vectors = torch.cat([row[place] for row in rows])
             for size in (material.few, len(material.photo_names)):
                 scores[f"{name}{size}{kind}"] = hits(vectors, material.photo_names[:size], truth)

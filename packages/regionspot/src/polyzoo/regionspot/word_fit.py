@@ -117,6 +117,7 @@ def _fit(
     optimizer = torch.optim.Adam(
         [{"params": [table], "lr": 2e-3}, {"params": [weights, last], "lr": 2e-2}]
     )
+    near = torch.ones(())
     for _ in range(steps):
         share = (weights[index] + last * ending).exp() * used
         made = F.normalize((table[index] * share[..., None]).sum(1), dim=-1)

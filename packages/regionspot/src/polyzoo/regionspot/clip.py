@@ -136,15 +136,16 @@ def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     )
     if not plain:
         return clip.encode_text(tokens)
+    tower: Any = clip
     ends = tokens.argmax(1)
     length = int(ends.max()) + 1
-    dtype = clip.transformer.get_cast_dtype()
-    x = clip.token_embedding(tokens[:, :length]).to(dtype)
-    x = x + clip.positional_embedding[:length].to(dtype)
-    for block in clip.transformer.resblocks:
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens[:, :length]).to(dtype)
+    x = x + tower.positional_embedding[:length].to(dtype)
+    for block in tower.transformer.resblocks:
         x = _block(block, x, causal=True)
-    x = clip.ln_final(x)[torch.arange(len(x), device=x.device), ends]
-    projection = clip.text_projection
+    x = tower.ln_final(x)[torch.arange(len(x), device=x.device), ends]
+    projection = tower.text_projection
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection

@@ -58,6 +58,10 @@ class PaperRecipe:
 
     cache: Path | None = None
     """Folder of `polyzoo regionspot cache`: region tokens and small images."""
+    annotations: Path | None = None
+    """COCO-style JSON, to train without a cache: SAM then runs in every step."""
+    images: Path | None = None
+    """Folder of its images."""
     sam_weights: Path | None = None
     """SAM's weights as safetensors; random where not given."""
     clip_weights: Path | None = None

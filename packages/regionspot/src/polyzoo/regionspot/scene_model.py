@@ -118,7 +118,8 @@ class SceneSpot(nn.Module):
         pixels = pixels + self.smooth(pixels.relu())
         found = self.proposal(pixels.relu())
         memory = self.memory(pyramid.coarse.flatten(2).transpose(1, 2))
-        memory = memory + _grid_positions(*pyramid.coarse.shape[-2:], memory)
+        height, width = pyramid.coarse.shape[-2:]
+        memory = memory + _grid_positions(height, width, memory)
         return SceneMaps(
             pyramid=pyramid,
             pixels=pixels,

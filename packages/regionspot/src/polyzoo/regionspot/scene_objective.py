@@ -43,9 +43,7 @@ class SceneStep:
         self.rows = torch.full((len(material.vocabulary),), -1, device=taught.device)
         self.rows[taught] = torch.arange(len(taught), device=taught.device)
 
-    def __call__(
-        self, model: SceneSpot, scenes: int, generator: torch.Generator
-    ) -> SceneObjective:
+    def __call__(self, model: SceneSpot, scenes: int, generator: torch.Generator) -> SceneObjective:
         """Compute the loss of one step.
 
         Args:
@@ -94,16 +92,20 @@ class SceneStep:
         if not hasattr(self, "_joined"):
             material = self.material
             size = material.backgrounds.shape[-2:]
-            salient = F.interpolate(
-                material.saliency[:, None].float(), size, mode="bilinear"
-            ).round().to(torch.uint8)
+            salient = (
+                F.interpolate(material.saliency[:, None].float(), size, mode="bilinear")
+                .round()
+                .to(torch.uint8)
+            )
             self._joined = torch.cat([material.backgrounds, salient], 1)
         return self._joined
 
     def _where(self, maps: SceneMaps, made: Scenes) -> tuple[Tensor, Tensor]:
         """Losses of proposals and of saliency on scenes."""
-        size = maps.center.shape[-2:]
-        pasted = F.adaptive_max_pool2d((made.masks & made.present[..., None, None]).any(1)[:, None].float(), size)[:, 0]
+        size = (maps.center.shape[-2], maps.center.shape[-1])
+        pasted = F.adaptive_max_pool2d(
+            (made.masks & made.present[..., None, None]).any(1)[:, None].float(), size
+        )[:, 0]
         behind = F.adaptive_avg_pool2d(made.images[:, 3:], size)[:, 0] * (1 - pasted)
         wanted = torch.maximum(pasted, behind)
         salient = F.binary_cross_entropy_with_logits(maps.saliency.float(), wanted)
@@ -111,9 +113,7 @@ class SceneStep:
         placed = place_loss(maps.center, maps.sides, places, behind > 0.3)
         return placed, salient
 
-    def _photographs(
-        self, model: SceneSpot, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _photographs(self, model: SceneSpot, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Losses on photographs without labels: a classifier's view of crops, and saliency."""
         recipe, material = self.recipe, self.material
         count, each = recipe.photos_per_step, recipe.boxes_per_photo
@@ -131,7 +131,8 @@ class SceneStep:
             teacher = _cropped_names(model, images[:, :3], boxes)
         maps = model.maps(images[:, :3])
         out = model.regions(maps, boxes)
-        wanted = F.adaptive_avg_pool2d(images[:, 3:], maps.saliency.shape[-2:])[:, 0]
+        size = (maps.saliency.shape[-2], maps.saliency.shape[-1])
+        wanted = F.adaptive_avg_pool2d(images[:, 3:], size)[:, 0]
         salient = F.binary_cross_entropy_with_logits(maps.saliency.float(), wanted)
         return borrowed_loss(out.embeddings, teacher), salient
 
@@ -169,15 +170,13 @@ def evaluate(
         "reserved_all": hits(learned, material.vocabulary, labels),
     }
     for name, photos in material.photos.items():
-        rows = [(photo, *_named(model, photo.image, photo.boxes, device)) for photo in photos]
-        truth = torch.cat([photo.labels for photo, *_ in rows]).to(device)
-        for kind, place in (("", 1), ("_mixture", 2)):
+        rows = [_named(model, photo.image, photo.boxes, device) for photo in photos]
+        truth = torch.cat([photo.labels for photo in photos]).to(device)
+        for kind, place in (("", 0), ("_mixture", 1)):
             vectors = torch.cat([row[place] for row in rows])
             for size in (material.few, len(material.photo_names)):
                 scores[f"{name}{size}{kind}"] = hits(vectors, material.photo_names[:size], truth)
-    return {
-        f"{name}_top{k}": value for name, both in scores.items() for k, value in both.items()
-    }
+    return {f"{name}_top{k}": value for name, both in scores.items() for k, value in both.items()}
 
 
 def hits(vectors: Tensor, names: Tensor, labels: Tensor) -> dict[int, Tensor]:

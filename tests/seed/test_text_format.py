@@ -179,7 +179,7 @@ class TestErrors:
     vocabulary = ImageVocabulary(shift=100, codes=64, tokens_per_image=4, begin=164, end=165)
 
     def test_a_language_models_ids_given_for_codes(self):
-        with pytest.raises(DataError, match="code 130 lies outside 0 to 63.*subtract the shift"):
+        with pytest.raises(DataError, match=r"code 130 lies outside 0 to 63.*subtract the shift"):
             self.vocabulary.to_ids([1, 2, 130, 3])
 
     def test_another_number_of_codes(self):

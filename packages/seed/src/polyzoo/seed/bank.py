@@ -48,6 +48,8 @@ class ImageBank:
     """(n,) number of a coarser class, or -1."""
     keys: tuple[str, ...]
     """Identifier of each picture."""
+    labelled: bool = False
+    """Whether `meaning_texts` begin with the concept's name (icon packs)."""
     failed: tuple[str, ...] = ()
     """What could not be read, and why."""
 
@@ -92,6 +94,7 @@ class ImageBank:
             meanings=np.array([concepts[record.concept] for record in records]),
             groups=np.array([-1 if r.group is None else r.group for r in records]),
             keys=tuple(record.id for record in records),
+            labelled=True,
         )
 
     @classmethod
@@ -148,6 +151,10 @@ class ImageBank:
             keys=tuple(row["image"] for row in kept),
             failed=tuple(failed),
         )
+
+    def pool_text(self, row: int) -> str:
+        """Return the text a picture's concept is looked for with."""
+        return self.meaning_texts[row].partition(",")[0] if self.labelled else self.captions[row][0]
 
     def texts(self) -> list[str]:
         """Return every caption once, in order of appearance."""

@@ -48,6 +48,8 @@ class ImageBank:
     """(n,) number of a coarser class, or -1."""
     keys: tuple[str, ...]
     """Identifier of each picture."""
+    prompts: tuple[tuple[str, ...], ...] = ()
+    """Further texts to draw each picture from, such as sentences; empty where there are none."""
     labelled: bool = False
     """Whether `meaning_texts` begin with the concept's name (icon packs)."""
     failed: tuple[str, ...] = ()
@@ -94,6 +96,7 @@ class ImageBank:
             meanings=np.array([concepts[record.concept] for record in records]),
             groups=np.array([-1 if r.group is None else r.group for r in records]),
             keys=tuple(record.id for record in records),
+            prompts=tuple(_sentences(record.label, record.style) for record in records),
             labelled=True,
         )
 
@@ -209,3 +212,17 @@ def _pack_captions(record: IconRecord, count: int) -> tuple[str, ...]:
     plain = prompt(record.label, record.style)
     texts = [plain, *(caption(record, draws) for _ in range(3 * count))]
     return tuple(dict.fromkeys(texts))[:count]
+
+
+def _sentences(label: str, style: str) -> tuple[str, ...]:
+    """Other ways to ask for a picture than its caption."""
+    from polyzoo.core.icons.captions import STYLE_WORDS
+
+    word = STYLE_WORDS[style]
+    article = "an" if label[:1].lower() in "aeiou" else "a"
+    return (
+        label,
+        f"{article} {label}",
+        f"{label} in {word} style",
+        f"{'an' if word[:1] in 'aeiou' else 'a'} {word} picture of {article} {label}",
+    )

@@ -159,11 +159,24 @@ class SeedPipeline:
         return self.model.encode(pixels.to(self.device, self.dtype, non_blocking=True))
 
     @torch.no_grad()
-    def encode_bank(self, bank: ImageBank, *, batch_size: int = 256) -> NDArray[np.int64]:
-        """Return codes (n, tokens) of a bank's pictures, laid on white."""
+    def encode_bank(
+        self, bank: ImageBank, *, batch_size: int = 256, moved: int | None = None
+    ) -> NDArray[np.int64]:
+        """Return codes (n, tokens) of a bank's pictures, laid on white.
+
+        Args:
+            bank: The pictures.
+            batch_size: At a time.
+            moved: Seed of a slight move and tint of each; None leaves them as they are.
+        """
         found = []
+        generator = torch.Generator(self.device)
         for start in range(0, len(bank), batch_size):
             rgb = self.bank_rgb(bank, slice(start, start + batch_size))
+            if moved is not None:
+                images = torch.from_numpy(bank.images[start : start + batch_size])
+                generator.manual_seed((moved << 32) + start)
+                rgb = views(images.to(self.device), strength="light", generator=generator)
             found.append(self._encode(normalise(rgb, self.model)).cpu().numpy())
         return np.concatenate(found)
 

@@ -1,4 +1,4 @@
-"""Batch tokenisation of many small pictures, killed on the way and resumed: nothing lost or doubled.
+"""Batch tokenisation of many small pictures, killed and resumed: nothing lost or doubled.
 
 python benchmarks/seed_shards.py --pictures 10000 --workers 16 [--kills 2]
 

@@ -45,9 +45,9 @@ def build(device: torch.device, *, quick: bool) -> SeedModel:
         model = SeedModel(config).eval().requires_grad_(False)
         # At the default initialisation all pictures look the same to the Q-Former: wider weights,
         # so that codes differ between pictures as they do when trained.
-        for name, parameter in model.qformer.named_parameters():
+        for parameter in model.qformer.parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=1.6 * parameter.shape[1] ** -0.5)
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
         model.queries.normal_()
     return model
 

@@ -45,7 +45,10 @@ def read_header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            # A header's length may begin with a pickle's first byte too, but it is never so large
+            # that its upper half is not zero.
+            pickled = start[:1] == b"\x80" and any(start[4:])
+            if start[:2] == b"PK" or pickled:
                 raise WeightsError(
                     f"{file}: is a pickle (PyTorch checkpoint), not safetensors; renaming does not "
                     "make it safe to read, converting it does"

@@ -107,8 +107,8 @@ class TestBadPictures:
             seed.encode([given])  # pyright: ignore[reportArgumentType]
 
     def test_a_decompression_bomb(self, seed: SeedPipeline, tmp_path: Path):
-        Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
-        with pytest.raises(DataError, match="is more than 64,000,000 pixels"):
+        Image.new("1", (9_000, 9_000)).save(tmp_path / "bomb.png")
+        with pytest.raises(DataError, match="more than 64,000,000 pixels"):
             seed.encode(tmp_path / "bomb.png")
 
     def test_no_picture_at_all(self, seed: SeedPipeline):
@@ -187,7 +187,7 @@ class TestFolders:
         with pytest.raises(WeightsError, match="has 18 pieces and the text branch 17"):
             load_parts(tmp_path)
         (tmp_path / "tokenizer.json").unlink()
-        with pytest.raises(WeightsError, match="has a text branch and no tokenizer.json"):
+        with pytest.raises(WeightsError, match=r"has a text branch and no tokenizer\.json"):
             load_parts(tmp_path)
 
     def test_weights_that_do_not_fit(self, folder: Path, tmp_path: Path):
@@ -196,7 +196,7 @@ class TestFolders:
         tensors["quantizer.codebook"] = tensors["quantizer.codebook"][:8].clone()
         del tensors["queries"]
         write_weights(tmp_path / "model.safetensors", tensors)
-        with pytest.raises(WeightsError, match="1 missing .queries.*1 misshaped .quantizer"):
+        with pytest.raises(WeightsError, match=r"1 missing .queries.*1 misshaped .quantizer"):
             load_parts(tmp_path)
 
     def test_half_precision_where_the_cpu_lacks_it(self, folder: Path):
@@ -211,21 +211,21 @@ class TestFolders:
 
 
 class TestCommandLine:
-    @pytest.mark.parametrize(
-        "name",
-        ["prepare", "train-tokenizer", "train-lm", "tokenize", "detokenize", "caption", "draw",
-         "chat", "convert", "eval"],
-    )  # fmt: skip
-    def test_there_is_help(self, name: str):
+    def test_there_is_help_without_torch(self):
         code = (
             "import sys\n"
             "from polyzoo.core.cli import main\n"
-            f"status = main(['seed', '{name}', '--help'])\n"
-            "assert status == 0 and 'torch' not in sys.modules, sorted(sys.modules)[:3]\n"
+            "from polyzoo.seed.cli import GROUP\n"
+            "assert main(['seed', '--help']) == 0\n"
+            "for name in GROUP.commands:\n"
+            "    assert main(['seed', name, '--help']) == 0\n"
+            "assert 'torch' not in sys.modules\n"
         )
         done = run_python(code)
         assert done.returncode == 0, done.stderr
-        assert "usage" in done.stdout.lower()
+        for name in ("train-tokenizer", "train-lm", "tokenize", "detokenize", "caption", "draw",
+                     "chat", "convert", "eval"):  # fmt: skip
+            assert f"polyzoo seed {name}" in done.stdout
 
     def test_wrong_usage(self):
         done = run_cli("seed", "caption", "--modell", "x")

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from polyzoo.core.errors import DataError, LockedError, UsageError
-from polyzoo.seed.options import TokenizeConfig
+from polyzoo.seed.commands import detokenize
+from polyzoo.seed.options import DetokenizeConfig, TokenizeConfig
 from polyzoo.seed.pipeline import SeedPipeline
 from polyzoo.seed.shards import TokenWriter, read_tokens
 from polyzoo.seed.sources import open_source
@@ -246,12 +247,26 @@ def test_on_the_command_line(model: Path, tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["failed"] == 1
-    drawn = run_cli(
-        "seed", "detokenize", tmp_path / "tokens", "--out", tmp_path / "drawn", "--model", model,
-        "--device", "cpu", "--limit", "2", "--json",
+    assert json.loads(done.stdout)["new"] == 12
+
+
+def test_detokenizing(model: Path, tmp_path: Path):
+    _, images = write_pairs(tmp_path)
+    main(config(model, images, tmp_path / "tokens"))
+    drawn = detokenize(
+        DetokenizeConfig(
+            tokens=tmp_path / "tokens", out=tmp_path / "drawn", model=str(model), device="cpu",
+            limit=2,
+        )
     )  # fmt: skip
-    assert drawn.returncode == 0, drawn.stderr
-    assert all(Path(file).is_file() for file in json.loads(drawn.stdout)["files"])
-    refused = run_cli("seed", "tokenize", tmp_path / "none", "--out", tmp_path / "x")
-    assert refused.returncode == 1
-    assert "no such file or folder" in refused.stderr
+    assert [Path(file).name for file in drawn.files] == ["0000-00-png.png", "0001-01-png.png"]
+    (tmp_path / "codes.json").write_text(json.dumps(drawn.codes[0]))
+    again = detokenize(
+        DetokenizeConfig(
+            tokens=tmp_path / "codes.json", out=tmp_path / "again", model=str(model), device="cpu"
+        )
+    )
+    assert Path(again.files[0]).read_bytes() == Path(drawn.files[0]).read_bytes()
+    (tmp_path / "codes.json").write_text('{"a": 1}')
+    with pytest.raises(DataError, match="must be a JSON list of codes"):
+        detokenize(DetokenizeConfig(tokens=tmp_path / "codes.json", out=tmp_path, model=str(model)))

@@ -17,17 +17,19 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from polyzoo.pixart_delta.captions import RowCaptions
 from polyzoo.pixart_delta.config import ControlConfig, xl
 from polyzoo.pixart_delta.control import ControlBranch
+from polyzoo.pixart_delta.decoding import decode
 from polyzoo.pixart_delta.fast import FastTransformer
+from polyzoo.pixart_delta.int8 import Int8Linear
 from polyzoo.pixart_delta.loading import fast_decoder, fast_text
 from polyzoo.pixart_delta.model import Conditions, PixArtTransformer, diffusers_config
 from polyzoo.pixart_delta.scheduler import PixArtLCMScheduler
 from polyzoo.pixart_delta.t5 import T5Config, T5Encoder
-from polyzoo.pixart_delta.vae import LATENT_SCALE
+from polyzoo.pixart_delta.vae import LATENT_SCALE, MidAttention
 
 DTYPE = torch.bfloat16
 TOKENS = 120
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="*", default=["eager", "compiled"])
     parser.add_argument("--sizes", nargs="*", type=int, default=[1024, 512])
-    parser.add_argument("--stages", nargs="*", default=["step", "control", "vae", "text", "image"])
+    parser.add_argument("--stages", nargs="*", default=["step", "vae", "text", "image", "memory", "control"])
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which it ends")
     parser.add_argument("--out", type=Path)
@@ -168,11 +170,7 @@ class Bench:
         """Decoding of a 1024 image."""
         if self.late():
             return
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            scaling_factor=LATENT_SCALE,
-        )  # fmt: skip
+        vae = full_vae()
         vae = vae.to(self.device, DTYPE).eval()
         latents = torch.randn(1, 4, 128, 128, device=self.device, dtype=DTYPE)
 
@@ -180,7 +178,7 @@ class Bench:
             return vae.decode(latents / LATENT_SCALE, return_dict=False)[0]
 
         for block in vae.modules():
-            if hasattr(block, "set_processor"):
+            if isinstance(block, Attention):
                 block.set_processor(AttnProcessor2_0())
         wanted = theirs().float()
         if "eager" in self.given.peers:
@@ -237,6 +235,80 @@ class Bench:
         del encoder
         torch.cuda.empty_cache()
 
+    def memory(self) -> None:
+        """Peak memory of each part alone on the GPU, as memory="8gb" has them, and of all."""
+        if self.late():
+            return
+        torch.cuda.empty_cache()
+        peaks: dict[str, float] = {}
+        held: dict[str, float] = {}
+
+        def measure(name: str, build: Callable[[], Callable[[], object]]) -> None:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call = build()
+            held[name] = (torch.cuda.memory_allocated() - before) / 2**30
+            with torch.no_grad():
+                call()
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            del call
+            torch.cuda.empty_cache()
+
+        def text() -> Callable[[], object]:
+            with torch.device("meta"):
+                encoder = T5Encoder(T5Config()).to(DTYPE)
+            for parent in list(encoder.modules()):
+                for name, layer in list(parent.named_children()):
+                    if type(layer) is torch.nn.Linear:
+                        steps = torch.randint(
+                            -127, 128, layer.weight.shape, dtype=torch.int8, device=self.device
+                        )
+                        scales = torch.full((len(steps),), 1e-4, device=self.device, dtype=DTYPE)
+                        setattr(parent, name, Int8Linear(steps, scales, None))
+            for parent in encoder.modules():
+                for name, parameter in list(parent._parameters.items()):
+                    if parameter is not None:
+                        value = torch.ones(parameter.shape, dtype=DTYPE, device=self.device)
+                        parent._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+            ids = torch.randint(0, 32000, (1, TOKENS), device=self.device)
+            return lambda: encoder(ids)
+
+        def transformer() -> Callable[[], object]:
+            model = self.transformer(1024)
+            latents, conditions, captions = self.inputs(model)
+            return lambda: model(latents, captions, conditions)
+
+        def autoencoder() -> Callable[[], object]:
+            with torch.device(self.device):
+                vae = full_vae().to(DTYPE).eval()
+            for block in vae.modules():
+                if isinstance(block, Attention):
+                    block.set_processor(MidAttention())
+            latents = torch.randn(1, 4, 128, 128, device=self.device, dtype=DTYPE)
+            return lambda: decode(vae, latents)
+
+        def tiles() -> Callable[[], object]:
+            with torch.device(self.device):
+                vae = full_vae().to(DTYPE).eval()
+            latents = torch.randn(1, 4, 128, 128, device=self.device, dtype=DTYPE)
+            return lambda: decode(vae, latents, tiling=True)
+
+        for name, build in (
+            ("text int8", text), ("transformer", transformer), ("vae", autoencoder),
+            ("vae in tiles", tiles),
+        ):  # fmt: skip
+            measure(name, build)
+        worst = max(peaks["text int8"], peaks["transformer"], peaks["vae"])
+        row = {
+            "stage": "memory 1024", "peak_gib": {k: round(v, 2) for k, v in peaks.items()},
+            "weights_gib": {k: round(v, 2) for k, v in held.items()},
+            "recipe_8gb_peak_gib": round(worst, 2), "device": torch.cuda.get_device_name(),
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+        if self.given.out:
+            with self.given.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
     def image(self) -> None:
         """Text to image in 4 steps: the sum of its stages, and what the scheduler adds."""
         scheduler = PixArtLCMScheduler()
@@ -254,6 +326,18 @@ class Bench:
             if all(part is not None for part in parts):
                 a, b, c = (part or 0.0 for part in parts)
                 self.report("image 1024, 4 steps", who, a + 4 * (b + between) + c, sum_of=parts)
+
+
+def full_vae() -> AutoencoderKL:
+    """Stable Diffusion's autoencoder, with random weights."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=LATENT_SCALE,
+    )
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:

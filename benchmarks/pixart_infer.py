@@ -232,7 +232,6 @@ class Bench:
         out = encoder(ids, lens).float()
         error = None if wanted is None else float((out - wanted).norm() / wanted.norm())
         self.report("text 120", "polyzoo", self.time(lambda: encoder(ids, lens)), error=error)
-        del encoder
         torch.cuda.empty_cache()
 
     def memory(self) -> None:

@@ -160,24 +160,24 @@ class FastTransformer:
         assert not multi or (conditions.size is not None and conditions.ratio is not None)  # noqa: S101
         size = conditions.size if multi else conditions.timestep
         ratio = conditions.ratio if multi else conditions.timestep
-        arguments = [latents, position, conditions.timestep, size, ratio]
+        arguments = [latents, conditions.timestep, size, ratio]
         if control is not None:
             arguments += [control, scale]
         controlled = control is not None
         if controlled not in self._steps:
             function = self._controlled if controlled else self._plain
             self._steps[controlled] = Replayed(function, name="transformer")
-        return self._steps[controlled](*arguments, fixed=kept)
+        return self._steps[controlled](*arguments, fixed=(position, *kept))
 
     def _plain(
-        self, latents: Tensor, position: Tensor, timestep: Tensor, size: Tensor, ratio: Tensor,
+        self, latents: Tensor, timestep: Tensor, size: Tensor, ratio: Tensor, position: Tensor,
         *kept: Tensor,
     ) -> Tensor:  # fmt: skip
         return self._run(latents, position, timestep, size, ratio, None, kept)
 
     def _controlled(
-        self, latents: Tensor, position: Tensor, timestep: Tensor, size: Tensor, ratio: Tensor,
-        control: Tensor, scale: Tensor, *kept: Tensor,
+        self, latents: Tensor, timestep: Tensor, size: Tensor, ratio: Tensor, control: Tensor,
+        scale: Tensor, position: Tensor, *kept: Tensor,
     ) -> Tensor:  # fmt: skip
         assert self.branch is not None  # noqa: S101 - our own promise
         given = Control(self.branch, control, scale)

@@ -10,7 +10,7 @@ import torch
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.aggregation import Aggregation, maxsim, released_kind
 from polyzoo.sea.config import Aggregator, SeaConfig
-from polyzoo.sea.segments import inner_products
+from polyzoo.sea.encoding.segments import inner_products
 
 COUNTS = (1, 4, 2, 7, 1)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea import results
-from polyzoo.sea.fusion import FUSION_OFFSET
-from polyzoo.sea.index import CodeIndex
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import SearchConfig, SearchRequest
+from polyzoo.sea.search import results
+from polyzoo.sea.search.config import SearchConfig, SearchRequest
+from polyzoo.sea.search.fusion import FUSION_OFFSET
+from polyzoo.sea.search.index import CodeIndex
+from polyzoo.sea.search.searcher import Searcher
 from support.cli import run_cli, run_python
 from support.identifier_encoder import IdentifierEncoder
 from support.indexed_repo import IndexedRepo, small_repo
@@ -163,8 +163,8 @@ def test_words_are_searched_without_a_model(repo):
         found = searcher.search(SearchRequest(query="area of circle", mode="lexical"))
     assert found.hits[0].symbol == "Circle.area"
     code = (
-        "import sys; from pathlib import Path; from polyzoo.sea.search import Searcher;"
-        "from polyzoo.sea.search_config import SearchRequest;"
+        "import sys; from pathlib import Path; from polyzoo.sea.search.searcher import Searcher;"
+        "from polyzoo.sea.search.config import SearchRequest;"
         "s = Searcher(Path(sys.argv[1]));"
         "r = s.search(SearchRequest(query='area of circle', mode='lexical'));"
         "assert r.hits and 'torch' not in sys.modules"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polyzoo.sea.config import SeaConfig
-from polyzoo.sea.lexical import words
+from polyzoo.sea.search.lexical import words
 
 LINES_PER_BLOCK = 10
 

@@ -19,7 +19,7 @@ STATISTICS = {"Lse", "Delta", "Part", "PartLse"}
 INTEGERS = {"KvLens": "*i32", "CuQ": "*i32", "CuK": "*i32", "Schedule": "*i32", "Rng": "*i64"}
 OPTIONAL = {
     "Bias", "Mask", "RelH", "RelW", "DRelH", "DRelW", "Index", "Counts", "KvLens", "CuQ", "CuK",
-    "Schedule", "Rng",
+    "Schedule", "Rng", "Grid",
 }  # fmt: skip
 LISTS = {"Index": "*i32", "Counts": "*i32", "Mask": "*u8"}
 
@@ -112,16 +112,21 @@ def compile_case(key: str, sizes: tuple[int, int, int, int, bool], *, capability
     first, second = head_blocks(d)
     grid = int(rules.removeprefix("grid")) if rules.startswith("grid") else 0
     lens, causal, window = (rules == rule for rule in ("lens", "causal", "window"))
-    block_n = max(block_n, grid)
+    by_product = kind == "forward" and grid == 16
+    block_n = block_n if by_product else max(block_n, grid)
     constants = {
         "GROUP": 1, "ALIGN": 8, "D": d, "D0": first, "D1": second, "DV": d, "DV0": first,
         "DV1": second, "BM": block_m, "BN": block_n, "HAS_LEFT": window,
         "HAS_RIGHT": causal or window, "KVLENS": lens, "PACKED": False, "HAS_MASK": False,
         "HAS_BIAS": False, "NATURAL": False, "KW": 14 if grid == 16 else grid, "KWP": grid or 1,
+        "KG": 0, "GRID_WIDTH": 14,
         "DROPOUT": False, "EDGES": bool(rules) or int(queries) < 1024, "RAW": not grid,
         "TMA": tma, "LOW": True, "CAREFUL": True, "PRECISION": "ieee",
     }  # fmt: skip
     present = {"KvLens"} if lens else set()
+    if by_product:
+        constants |= {"KW": 0, "KWP": 1, "KG": 32, "RAW": True}
+        present |= {"Grid"}
     if grid:
         present |= {"RelH", "RelW", "DRelH", "DRelW"}
     widths = {"KD0": first, "KD1": second, "VD0": first, "VD1": second}

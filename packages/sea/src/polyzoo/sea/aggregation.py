@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Aggregator, Raw
-from polyzoo.sea.segments import (
+from polyzoo.sea.encoding.segments import (
     inner_products,
     segment_ids,
     segment_max,

@@ -49,6 +49,8 @@ class SplitConfig:
     """A last block smaller than this is merged into the one before it."""
     repeat_signature: bool = False
     """Put the function's signature before every block; it counts toward the budget."""
+    signature_pieces: int = 32
+    """Pieces of a repeated signature at most; its name and first arguments come first."""
     keep_comments: bool = False
     """Leave comments in block text."""
     keep_docstrings: bool = False
@@ -56,7 +58,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         """Check that no setting loses text."""
-        for name in ("budget", "window", "step", "max_blocks"):
+        for name in ("budget", "window", "step", "max_blocks", "signature_pieces"):
             _at_least(name, getattr(self, name), 1)
         for name in ("min_line", "overlap", "min_tokens"):
             _at_least(name, getattr(self, name), 0)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from polyzoo.core.errors import DataError
+from polyzoo.sea.encoding.packing import PackedSequences, by_length
 from polyzoo.sea.losses import check_negatives, find_duplicates
-from polyzoo.sea.packing import PackedSequences, by_length
 from polyzoo.sea.prepared import Prepared
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from polyzoo.core.demo import DemoSection
 from polyzoo.core.errors import PolyzooError
 from polyzoo.sea.pipeline import SeaPipeline
-from polyzoo.sea.results import Hit, SearchResult
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import IndexConfig, SearchRequest
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.config import IndexConfig, SearchRequest
+from polyzoo.sea.search.results import Hit, SearchResult
+from polyzoo.sea.search.searcher import Searcher
+from polyzoo.sea.search.update import build_index
 
 _ACCEPTED = 3
 """An answer counts among the first so many, which are what the page shows."""

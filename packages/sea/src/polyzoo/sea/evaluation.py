@@ -16,11 +16,11 @@ import torch
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_write
+from polyzoo.sea.encoding.segments import inner_products
 from polyzoo.sea.metrics import Figures, answer_ranks, by_length
 from polyzoo.sea.model import CodeVectors, SeaModel
 from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.prepared import Prepared
-from polyzoo.sea.segments import inner_products
 
 _QUERIES_AT_ONCE = 512
 _CSN_POOL = 1000

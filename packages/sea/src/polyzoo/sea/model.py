@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from polyzoo.sea.aggregation import Aggregation, maxsim
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.data import PairBatch
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.segments import inner_products
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.segments import inner_products
 
 
 @dataclass(frozen=True)

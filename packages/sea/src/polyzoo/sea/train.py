@@ -11,8 +11,10 @@ from torch import nn
 
 from polyzoo.core.log import get_logger
 from polyzoo.core.seeding import seed_everything
-from polyzoo.sea import evaluation, lowrank
-from polyzoo.sea.encoder import PackedEncoder, set_dropout
+from polyzoo.sea import evaluation
+from polyzoo.sea.encoding import lowrank
+from polyzoo.sea.encoding.encoder import PackedEncoder, set_dropout
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.folders import load_folder, save_folder
 from polyzoo.sea.material import Material, build_dataset, gather
 from polyzoo.sea.model import SeaModel
@@ -23,7 +25,6 @@ from polyzoo.sea.objective import (
 )
 from polyzoo.sea.prepared import Prepared
 from polyzoo.sea.presets import SeaTrainConfig
-from polyzoo.sea.tokenizer import SeaTokenizer
 from polyzoo.training import StepContext, StepOutput, Trainer, load_best
 
 _log = get_logger(__name__)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from polyzoo.attention.kernels.graph_memory import borrowed_memory
 from polyzoo.attention.kernels.problem import strides
 from polyzoo.attention.kernels.triton_masks import classify_kernel
 
@@ -117,8 +118,7 @@ def _kept(tensor: Tensor, key: object, build: Callable[[], _Built]) -> _Built:
     Inference tensors have no version counter, and a graph being captured must hold the building
     itself, since a replay may see other contents.
     """
-    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or tensor.is_inference():
+    if borrowed_memory(tensor.device) or tensor.is_inference():
         return build()
     # Views are made anew by every call; they share their base's version counter.
     root = tensor if tensor._base is None else tensor._base

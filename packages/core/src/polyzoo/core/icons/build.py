@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from polyzoo.core.icons.emoji_names import EmojiName, spellings
 from polyzoo.core.icons.pack import write_pack
 from polyzoo.core.icons.rasterise import clipart_image, emoji_image, render_image
 from polyzoo.core.icons.records import IconRecord
-from polyzoo.core.icons.sources import CLIP_ART, EMOJI_STYLES, STYLES, get_source
+from polyzoo.core.icons.sources import CLIP_ART, SOURCES, STYLES, Source
 from polyzoo.core.icons.splits import split_of
 from polyzoo.core.lazy import import_extra
 from polyzoo.core.log import get_logger, progress
@@ -44,6 +44,7 @@ def build_pack(
     size: int,
     styles: tuple[str, ...] = STYLES,
     offline_from: Path | None = None,
+    sources: Mapping[str, Source] = SOURCES,
 ) -> BuiltPack:
     """Build a pack of one size.
 
@@ -52,6 +53,7 @@ def build_pack(
         size: Side of the pictures in pixels, 16 to 512.
         styles: Which styles.
         offline_from: A folder of downloaded packages; no network is used then.
+        sources: Name to package: "names", and one a style.
 
     Raises:
         AssetError: A package cannot be had (clip art may be absent) or is not the pinned one.
@@ -72,9 +74,9 @@ def build_pack(
         packages: dict[str, Path] = {}
         for name in ("names", *counts):
             try:
-                packages[name] = obtain(get_source(name), scratch, offline_from=offline_from)
+                packages[name] = obtain(sources[name], scratch, offline_from=offline_from)
             except AssetError as error:
-                if not get_source(name).optional:
+                if not sources[name].optional:
                     raise
                 absent[name] = str(error)
                 _log.warning("%s is left out: %s", name, error)
@@ -86,16 +88,17 @@ def build_pack(
             for style in counts:
                 if style not in packages:
                     continue
-                source = _clipart if style == CLIP_ART else _emoji
-                for record, image in source(style, packages[style], scratch / style, names, size):
+                read = _clipart if style == CLIP_ART else _emoji
+                drawn = read(sources[style], packages[style], scratch / style, names, size)
+                for record, image in drawn:
                     counts[style] += 1
                     yield record, image
 
         described = {
             style: {
-                "package": get_source(style).requirement,
-                "licence": get_source(style).licence,
-                "credit": get_source(style).credit,
+                "package": sources[style].requirement,
+                "licence": sources[style].licence,
+                "credit": sources[style].credit,
             }
             for style in counts
             if style in packages
@@ -107,10 +110,9 @@ def build_pack(
 
 
 def _emoji(
-    style: str, package: Path, scratch: Path, names: list[EmojiName], size: int
+    source: Source, package: Path, scratch: Path, names: list[EmojiName], size: int
 ) -> Iterator[tuple[IconRecord, Image.Image]]:
-    if style not in EMOJI_STYLES:
-        raise DataError(f"style={style!r} is not one of {', '.join(EMOJI_STYLES)}")
+    style = source.name
     renders: dict[str, Path] = {}
     drawings: iconify.IconifySet | None = None
     if style == _RENDERS:
@@ -136,19 +138,20 @@ def _emoji(
                 tags=name.tags,
                 group=name.group,
                 split=split_of(name.hexcode, style),
-                licence=get_source(style).licence,
+                licence=source.licence,
             ),
             image,
         )
 
 
 def _clipart(
-    style: str,
+    source: Source,
     package: Path,
     scratch: Path,
     names: list[EmojiName],  # noqa: ARG001 - the same signature as the emoji's
     size: int,
 ) -> Iterator[tuple[IconRecord, Image.Image]]:
+    style = source.name
     files = unpack(package, scratch, wanted=clipart.wanted)
     unreadable = 0
     for drawing in progress(list(clipart.read_drawings(files)), description=style, unit="image"):
@@ -165,7 +168,7 @@ def _clipart(
                 tags=drawing.keywords,
                 group=None,
                 split=split_of(drawing.path, style),
-                licence=get_source(style).licence,
+                licence=source.licence,
             ),
             image,
         )

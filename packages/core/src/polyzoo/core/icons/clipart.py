@@ -10,9 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 _ROOT = "usr/share/openclipart/svg/"
-FOLDERS = frozenset(
-    "animals buildings food people plants recreation tools transportation education electronics "
-    "office containers science".split()
+FOLDERS = (
+    "animals",
+    "buildings",
+    "containers",
+    "education",
+    "electronics",
+    "food",
+    "office",
+    "people",
+    "plants",
+    "recreation",
+    "science",
+    "tools",
+    "transportation",
 )
 _LEFT_OUT = ("recreation/games/cards/", "people/stickmen/")
 MAX_BYTES = 150_000

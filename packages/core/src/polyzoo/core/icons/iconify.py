@@ -53,9 +53,7 @@ class IconifySet:
     def _document(self, icon: Mapping[str, Any]) -> str:
         usual = {"left": 0, "top": 0, "width": 16, "height": 16}
         box = " ".join(str(icon.get(key, self._set.get(key, usual[key]))) for key in usual)
-        spaces = (
-            'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        )
+        spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
         return f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>'
 
 

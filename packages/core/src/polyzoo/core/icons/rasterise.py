@@ -13,7 +13,15 @@ from polyzoo.core.lazy import import_extra
 _SVG_TAG = re.compile(r"<svg\b[^>]*>", re.DOTALL)
 _ATTRIBUTE = re.compile(r"""\s(width|height|viewBox)\s*=\s*["']([^"']*)["']""")
 _LENGTH = re.compile(r"\s*([+-]?[\d.]+(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", re.IGNORECASE)
-_PIXELS = {"": 1.0, "px": 1.0, "pt": 4 / 3, "pc": 16.0, "mm": 96 / 25.4, "cm": 96 / 2.54, "in": 96.0}
+_PIXELS = {
+    "": 1.0,
+    "px": 1.0,
+    "pt": 4 / 3,
+    "pc": 16.0,
+    "mm": 96 / 25.4,
+    "cm": 96 / 2.54,
+    "in": 96.0,
+}
 _LEAST_BEFORE_CROP = 256
 _VISIBLE = 8
 
@@ -57,7 +65,7 @@ def clipart_image(svg: str, size: int) -> Image.Image | None:
         image = _draw(document, max(_LEAST_BEFORE_CROP, 2 * size))
     except DataError:
         return None
-    alpha = image.getchannel("A").point(lambda value: 255 if value >= _VISIBLE else 0)
+    alpha = image.getchannel("A").point([255 * (value >= _VISIBLE) for value in range(256)])
     box = alpha.getbbox()
     return None if box is None else _square(image.crop(box), size)
 
@@ -70,7 +78,7 @@ def with_pixels(svg: str) -> str | None:
     tag = _SVG_TAG.search(svg)
     if tag is None:
         return None
-    attributes = {name: value for name, value in _ATTRIBUTE.findall(tag[0])}
+    attributes = dict(_ATTRIBUTE.findall(tag[0]))
     width, height = (_pixels(attributes.get(name)) for name in ("width", "height"))
     numbers = re.split(r"[\s,]+", attributes.get("viewBox", "").strip())
     try:

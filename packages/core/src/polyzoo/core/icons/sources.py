@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from polyzoo.core.errors import AssetError
-
 Client = Literal["npm", "apt-get", "pip"]
 
 
@@ -157,14 +155,3 @@ SOURCES: dict[str, Source] = {
 EMOJI_STYLES = ("fluent-3d", "fluent-emoji-flat", "noto", "twemoji", "openmoji")
 CLIP_ART = "clipart"
 STYLES = (*EMOJI_STYLES, CLIP_ART)
-
-
-def get_source(name: str) -> Source:
-    """Return the source of that name.
-
-    Raises:
-        AssetError: There is none; the message lists those there are.
-    """
-    if name not in SOURCES:
-        raise AssetError(f"no source {name!r}; there are {', '.join(SOURCES)}")
-    return SOURCES[name]

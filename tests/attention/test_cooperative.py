@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import platform
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,19 @@ def test_the_first_layers_can_be_kept_whole():
     )
     assert cache.keys(0) == (91, 0)
     assert cache.keys(2)[1] > 60
+
+
+def test_memory_is_free_as_soon_as_the_cache_is_gone():
+    gc.collect()
+    gc.disable()
+    try:
+        cache = compare([50, 30, 1], capacity=20, stream=0.5)
+        buffers = [weakref.ref(state.k) for state in cache._layers if state is not None]
+        assert len(buffers) == 2
+        del cache
+        assert all(buffer() is None for buffer in buffers), "held by a cycle of references"
+    finally:
+        gc.enable()
 
 
 class TestHost:

@@ -1,10 +1,12 @@
-"""torch's own check of our operators, in Triton's interpreter; prints the outcomes as JSON."""
+"""torch's own check of our operators, and what calls keep alive, in Triton's interpreter."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+import weakref
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -12,7 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from polyzoo.attention import operators
+from polyzoo.attention import operators, triton
+from polyzoo.attention.types import Call
 
 
 def draw(*shape: int, seed: int, grad: bool = True) -> Tensor:
@@ -44,7 +47,31 @@ def main() -> None:
         (torch.ones_like(out), out, lse, low, *arguments[:-1], *needs),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    json.dump(report, sys.stdout)
+    json.dump({"operators": report, "kept": kept_tensors()}, sys.stdout)
+
+
+def kept_tensors() -> list[str]:
+    """Inputs that a call keeps alive after it, until Python would collect cycles."""
+    kept: list[str] = []
+    gc.collect()
+    gc.disable()
+    for name, n, m, grad in (
+        ("forward", 18, 40, False),
+        ("few keys", 18, 8, False),
+        ("decoding", 1, 40, False),
+        ("training", 18, 40, True),
+    ):
+        tensors = [draw(1, 2, length, 16, seed=1, grad=grad) for length in (n, m, m)]
+        nothing = (None,) * 3
+        call = Call(*tensors, -1, -1, *nothing, None, 0.25, 0.0, None, True, True)
+        out, lse = triton.forward(call)
+        if grad:
+            out.sum().backward()
+        alive = [weakref.ref(tensor) for tensor in tensors]
+        del out, lse, call, tensors
+        kept += [name for reference in alive if reference() is not None]
+    gc.enable()
+    return kept
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ BACKENDS = (
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         head_dims=triton.serves_head,
         head_dims_text=f"multiples of 8 up to {triton.HEAD_DIM_LIMIT}",
+        kept_back=triton.kept_back,
         available=triton.unavailable,
     ),
     Backend(
@@ -111,6 +112,8 @@ class Request(NamedTuple):
     """Bits of FEATURES."""
     scores: int
     """Elements of the largest score matrix, or 0 where it is small enough for every backend."""
+    long_square: bool = False
+    """As many keys as queries, and no few: see `features.long_square`."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability to suppose; that of the device here if left out."""
 
@@ -274,6 +277,9 @@ def _kept_back(backend: Backend, request: Request) -> str | None:
     for feature, why in backend.by_name_only:
         if request.features & BIT[feature]:
             return f"{backend.name}: by name only for {why}"
+    slower = None if backend.kept_back is None else backend.kept_back(request)
+    if slower is not None:
+        return f"{backend.name}: {slower}"
     newest = backend.auto_max_cc
     if newest is not None and (have := _capability(request)) is not None and have > newest:
         return f"{backend.name}: by name only above sm_{newest[0]}{newest[1]}"

@@ -10,7 +10,7 @@ H100: dict[str, tuple[int, int, int, int, bool]] = {
     "forward|72||4096|4096": (128, 64, 8, 3, True),
     "forward|72||1024|1024": (128, 64, 8, 3, True),
     "forward|72|lens|4096|128": (64, 64, 4, 2, False),
-    "forward|72|lens|4096|512": (128, 64, 4, 3, False),
+    "forward|72|lens|4096|512": (64, 64, 4, 3, False),
     "forward|64|bias|512|512": (64, 64, 4, 2, True),
     "forward|88||512|512": (64, 32, 4, 3, False),
     "forward|64|causal|32|32": (16, 64, 4, 2, False),

@@ -9,12 +9,14 @@ parameter, rounded up, to 16.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import deepspeed.runtime.zero.parameter_offload as hooks  # pyright: ignore[reportMissingImports]
 import deepspeed.runtime.zero.stage3 as deepspeed_stage3  # pyright: ignore[reportMissingImports]
 import torch
 import torch.distributed as dist
@@ -285,6 +287,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     def _is_on_host(self, sub_group_id: int) -> bool:
         return self.fp32_partitioned_groups_flat[sub_group_id].device.type == "cpu"
 
+    @torch.no_grad()
     def _optimizer_step(self, sub_group_id: int) -> None:
         if not isinstance(self.optimizer, HostAdamW):
             super()._optimizer_step(sub_group_id)
@@ -425,9 +428,45 @@ def _device() -> str:
     return accelerator.current_device_name()
 
 
+def _look_into_dataclasses() -> None:
+    """Let ZeRO's hooks find tensors in dataclasses that modules take and return.
+
+    DeepSpeed looks into tuples, lists and dicts only; past a dataclass it would not gather a
+    module's parameters for the backward pass, and then fail.
+    """
+    original = hooks.apply_to_tensors_only
+    if getattr(original, "looks_into_dataclasses", False):
+        return
+
+    def apply(function: Callable[..., Any], value: Any, warning_msg_fn: Any = None) -> Any:
+        if isinstance(value, Tensor):
+            return original(function, value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(apply(function, item, warning_msg_fn) for item in value))
+        if isinstance(value, list | tuple):
+            return type(value)(apply(function, item, warning_msg_fn) for item in value)
+        if isinstance(value, dict):
+            for key, item in value.items():
+                value[key] = apply(function, item, warning_msg_fn)
+            return value
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                item = getattr(value, field.name)
+                changed = apply(function, item, warning_msg_fn)
+                if changed is not item:
+                    # In place, frozen or not: a copy would lose what is computed after init.
+                    object.__setattr__(value, field.name, changed)
+            return value
+        return value
+
+    apply.looks_into_dataclasses = True  # pyright: ignore[reportFunctionMemberAccess]
+    hooks.apply_to_tensors_only = apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @contextmanager
 def in_place_of_deepspeeds(*, gpu_share: float, overlap: bool) -> Iterator[None]:
     """Let `deepspeed.initialize` build our ZeRO-3 optimizer inside the block."""
+    _look_into_dataclasses()
     original = deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3
     former = Stage3.gpu_share, Stage3.overlap
     Stage3.gpu_share, Stage3.overlap = gpu_share, overlap

@@ -25,7 +25,7 @@ from polyzoo.regionspot.paper_objective import PaperStep, vocabulary_of
 from polyzoo.regionspot.presets import RegionSpotTrainConfig
 from polyzoo.regionspot.scene_material import SceneMaterial, read_material
 from polyzoo.regionspot.scene_model import SceneSpot
-from polyzoo.regionspot.scene_objective import SceneStep, evaluate
+from polyzoo.regionspot.scene_objective import SceneBank, SceneStep, evaluate
 from polyzoo.regionspot.text import build_classifier, fingerprint
 from polyzoo.regionspot.words import WordTable
 from polyzoo.training import StepContext, StepOutput, Trainer
@@ -125,8 +125,19 @@ def _train_scenes(config: RegionSpotTrainConfig) -> RegionSpotTrainReport:
     material = read_material(config.scenes.material).to(device)
     step = SceneStep(material, config.scenes, side=config.scene_model.side)
 
+    bank: SceneBank | None = None
+    samples = (recipe.steps or 1) * recipe.batch_size
+    if config.scenes.bank is not None:
+        seed_everything(recipe.seed)
+        looking = build_scene_model(config, material).to(device)
+        bank = SceneBank(step, looking, scenes=config.scenes.bank, seed=recipe.seed)
+        samples = bank.count
+
     def step_fn(model: Any, batch: Tensor, ctx: StepContext) -> StepOutput:
-        out = step(model, len(batch), ctx.generator)
+        if bank is None:
+            out = step(model, len(batch), ctx.generator)
+        else:
+            out = bank(model, batch, ctx.generator)
         return StepOutput(loss=out.loss, metrics=out.metrics)
 
     def eval_fn(model: Any, _: StepContext) -> dict[str, Tensor]:
@@ -135,7 +146,7 @@ def _train_scenes(config: RegionSpotTrainConfig) -> RegionSpotTrainReport:
     result = Trainer(recipe).fit(
         model=lambda: build_scene_model(config, material),
         step_fn=step_fn,
-        train_data=_Places((recipe.steps or 1) * recipe.batch_size),
+        train_data=_Places(samples),
         eval_fn=eval_fn if recipe.eval_every else None,
     )
     model = result.model
@@ -161,7 +172,7 @@ def build_scene_model(config: RegionSpotTrainConfig, material: SceneMaterial) ->
 
 
 class _Places:
-    """As many samples as scenes: each scene is made in the step, from the step's own seed."""
+    """Numbers of scenes; what a scene looks like is decided in the step, from its own seed."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -95,6 +95,8 @@ def load_pipeline(
         controlnet=_branch(controlnet, home, kind, transformer),
         hed=load_hed(hed, dtype=kind) if hed is not None else None,
     )
+    if isinstance(pipe.text_encoder, WordEncoder):
+        pipe.text_encoder.length = transformer.shape.caption_length
     pipe.null_caption = null
     pipe.kind = weights_kind
     pipe.name = Path(name).name

@@ -95,7 +95,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"backend": "flash"},
         ValueError,
-        "backend is 'flash'; backends are auto, npu, reference",
+        "backend is 'flash'; backends are auto, cuda, npu, reference",
     ),
 ]
 

@@ -46,6 +46,18 @@ def name_of(choice: Choice) -> str:
     return "nobody" if choice.backend is None else choice.backend.name
 
 
+def kept_back():
+    """A backend that leaves packed calls to others, and the others."""
+    by_name = {backend.name: backend for backend in backends()}
+    capable = dataclasses.replace(
+        by_name["triton"],
+        min_cc=None,
+        available=lambda: None,
+        by_name_only=(("varlen", "packed calls: another one is faster"),),
+    )
+    return capable, [by_name["sdpa"], by_name["reference"]]
+
+
 def served_by(**options) -> str:
     """Name of the backend that would serve a call."""
     return name_of(explain(SHAPE, SHAPE, SHAPE, **options))
@@ -120,10 +132,8 @@ class TestChoosing:
             "attention falls back to reference; narrow: head size 72 is not served (allowed: any)"
         ]
 
-    def test_auto_leaves_packed_calls_to_torch(self, caplog: pytest.LogCaptureFixture):
-        triton, sdpa, *_, reference = backends()
-        others = [sdpa, reference]
-        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+    def test_auto_passes_over_what_is_kept_for_names(self, caplog: pytest.LogCaptureFixture):
+        capable, others = kept_back()
         dense = request(device=torch.device("cuda"), dtype=torch.bfloat16, features=BIT["backward"])
         assert pick([capable, *others], dense).backend is capable
         packed = dense._replace(features=dense.features | BIT["varlen"])
@@ -131,8 +141,7 @@ class TestChoosing:
             choice = pick([capable, *others], packed)
         assert name_of(choice) == "sdpa"
         assert choice.reasons == (
-            "triton: by name only for packed calls: "
-            "torch's varlen_attn was faster than our padded call",
+            "triton: by name only for packed calls: another one is faster",
             "reference: sdpa comes first",
         )
         assert not caplog.records, "a preference of ours is no falling back"
@@ -140,9 +149,7 @@ class TestChoosing:
         assert pick([capable], packed, by_name=True).backend is capable
 
     def test_auto_does_not_come_back_to_what_it_passed_over(self):
-        triton, sdpa, *_, reference = backends()
-        others = [sdpa, reference]
-        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+        capable, others = kept_back()
         huge = request(
             device=torch.device("cuda"), features=BIT["varlen"] | BIT["relpos"], scores=1 << 40
         )
@@ -155,6 +162,19 @@ class TestChoosing:
             "reference",
         ]
         assert pick([capable], huge, by_name=True).backend is capable
+
+    def test_reduced_precision_only_where_asked_for(self):
+        by_name = {backend.name: backend for backend in backends()}
+        int8 = dataclasses.replace(
+            by_name["triton-int8"], min_cc=None, devices=None, available=lambda: None
+        )
+        exact = request(dtype=torch.float16)
+        assert refusal(int8, exact) == 'triton-int8: serves only calls with precision="int8"'
+        asked = exact._replace(features=BIT["int8"])
+        assert refusal(int8, asked) is None
+        assert "has no int8" in str(refusal(by_name["sdpa"], asked))
+        learning = asked._replace(features=BIT["int8"] | BIT["backward"])
+        assert "has no backward" in str(refusal(int8, learning))
 
     def test_what_is_passed_over_is_served(self):
         for backend in backends():
@@ -181,7 +201,7 @@ class TestChoosing:
         again = pickle.loads(pickle.dumps(lengths))
         assert again.q.tolist() == [0, 1, 3]
         names = [b.name for b in pickle.loads(pickle.dumps(backends()))]
-        assert names == ["triton", "sdpa", "npu", "reference"]
+        assert names == [b.name for b in backends()]
 
 
 class TestExplaining:
@@ -378,6 +398,12 @@ class TestCommands:
     def test_explain_supposes_a_gpu(self):
         answer = explain_call(ExplainConfig(q="2,16,4096,72", dtype="fp16", device="sm_75"))
         assert "triton: needs sm_80, this is sm_75" in answer.reasons
+        if not any(reason.startswith("cuda: there is no libnvrtc") for reason in answer.reasons):
+            assert answer.backend == "cuda"
+        newer = explain_call(ExplainConfig(q="2,16,4096,72", dtype="fp16", device="sm_90"))
+        assert newer.backend != "cuda"
+        wide = explain_call(ExplainConfig(q="2,16,4096,72", dtype="bf16", device="sm_75"))
+        assert wide.backend == "sdpa"
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -397,11 +423,13 @@ class TestCommands:
 
     def test_backends(self):
         table = list_backends(BackendsConfig())
-        assert [row.name for row in table.backends] == ["triton", "sdpa", "npu", "reference"]
+        assert [row.name for row in table.backends] == [b.name for b in backends()]
+        assert {"triton", "cuda", "sdpa", "reference"} <= {row.name for row in table.backends}
         assert table.auto["cpu"] == ("sdpa", "reference")
         assert "n x m for every call" in render_backends(table)
-        assert [bool(row.by_name_only) for row in table.backends] == [True, False, False, False]
-        assert "  by name only for packed calls: torch's" in render_backends(table)
+        row = dataclasses.replace(table.backends[0], by_name_only=("packed calls: slower",))
+        kept = dataclasses.replace(table, backends=(row,))
+        assert "  by name only for packed calls: slower" in render_backends(kept)
         packed = explain_call(ExplainConfig(q="1,4,8,16", packed=True, kv_lens=False, causal=True))
         assert packed.backend == "sdpa"
 

@@ -196,7 +196,7 @@ def sam_tokens_prompts(case: Case) -> None:
 
 def clip_of(case: Case) -> torch.nn.Module:
     clip = clips.build_clip(clip_config(case.about["clip"])).eval()
-    present = {k: v for k, v in case.weights.items()}
+    present = dict(case.weights)
     wanted = clip.state_dict()
     assert set(present) <= set(wanted)
     clip.load_state_dict({**wanted, **present})

@@ -28,7 +28,7 @@ def forward_arguments(*, grad: bool = True, **given: Any) -> tuple[Any, ...]:
     q, k, v = (draw(2, h, n, 16, seed=h, grad=grad) for h, n in ((2, 18), (1, 20), (1, 20)))
     names = ("bias", "rel_h", "rel_w", "mask", "kv_lens", "cu_q", "cu_k", "rng")
     optional = [given.get(name) for name in names]
-    return (q, k, v, *optional, 0, 0, 0.25, -1, given.get("right", -1), 0.0, False)
+    return (q, k, v, *optional, 0, 0, 0.25, -1, given.get("right", -1), 0.0, "triton", False)
 
 
 def main() -> None:

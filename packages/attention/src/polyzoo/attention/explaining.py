@@ -107,6 +107,7 @@ def explain(
         v.shape[3],
         features,
         matrix_scores(q.shape[0], q.shape[1], n, m),
+        n == m and n >= 256,
         capability,
     )
     return decide(request, requested(backend))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyzoo.attention import npu, reference, sdpa, triton
+from polyzoo.attention import cuda, int8, npu, reference, sdpa, triton
 from polyzoo.attention.backend import Backend
 from polyzoo.attention.features import BIT, FEATURES
 from polyzoo.attention.limits import MATRIX_LIMIT
@@ -33,12 +33,34 @@ BACKENDS = (
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
         head_dims=triton.serves_head,
         head_dims_text=f"multiples of 8 up to {triton.HEAD_DIM_LIMIT}",
-        # On an H100 torch's varlen_attn took 0.80 of the time of our kernel on the same sequences,
-        # which ours got padded, with kv_lens; our packed calls have not been timed against it.
-        by_name_only=(
-            ("varlen", "packed calls: torch's varlen_attn was faster than our padded call"),
-        ),
+        kept_back=triton.kept_back,
         available=triton.unavailable,
+    ),
+    Backend(
+        name="triton-int8",
+        summary="int8 products of queries and keys, for inference that can bear their error",
+        forward=int8.forward,
+        devices=frozenset({"cuda"}),
+        min_cc=(8, 0),
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        head_dims=int8.serves_head,
+        head_dims_text=f"multiples of 8 up to {int8.HEAD_DIM_LIMIT}",
+        features=int8.FEATURES,
+        only_for=frozenset({"int8"}),
+        available=triton.unavailable,
+    ),
+    Backend(
+        name="cuda",
+        summary="our CUDA C++ kernels: tensor cores of Volta and Turing, deterministic gradients",
+        forward=cuda.forward,
+        devices=frozenset({"cuda"}),
+        min_cc=(7, 0),
+        auto_max_cc=(7, 5),
+        dtypes=frozenset({torch.float16}),
+        head_dims=cuda.serves_head,
+        head_dims_text=f"multiples of 8 up to {cuda.HEAD_DIM_LIMIT}",
+        features=cuda.FEATURES,
+        available=cuda.unavailable,
     ),
     Backend(
         name="sdpa",
@@ -67,7 +89,7 @@ BACKENDS = (
 )
 
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "sdpa", "reference"),
+    "cuda": ("triton", "triton-int8", "cuda", "sdpa", "reference"),
     "cpu": ("sdpa", "reference"),
     "npu": ("npu", "sdpa", "reference"),
 }
@@ -90,6 +112,8 @@ class Request(NamedTuple):
     """Bits of FEATURES."""
     scores: int
     """Elements of the largest score matrix, or 0 where it is small enough for every backend."""
+    long_square: bool = False
+    """As many keys as queries, and no few: see `features.long_square`."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability to suppose; that of the device here if left out."""
 
@@ -239,7 +263,10 @@ def refusal(backend: Backend, request: Request) -> str | None:
     if problem is None:
         asked = {name for name in FEATURES if request.features & BIT[name]}
         missing = [name for name in FEATURES if name in asked - backend.features]
-        if missing:
+        if not backend.only_for <= asked:
+            wanted = ", ".join(f'precision="{name}"' for name in sorted(backend.only_for))
+            problem = f"serves only calls with {wanted}"
+        elif missing:
             problem = f"has no {', '.join(missing)}{_advice(missing)}"
         elif request.scores and backend.matrix_for & (asked | {"always"}):
             problem = _matrix_problem(backend, request, asked)
@@ -250,7 +277,20 @@ def _kept_back(backend: Backend, request: Request) -> str | None:
     for feature, why in backend.by_name_only:
         if request.features & BIT[feature]:
             return f"{backend.name}: by name only for {why}"
+    slower = None if backend.kept_back is None else backend.kept_back(request)
+    if slower is not None:
+        return f"{backend.name}: {slower}"
+    newest = backend.auto_max_cc
+    if newest is not None and (have := _capability(request)) is not None and have > newest:
+        return f"{backend.name}: by name only above sm_{newest[0]}{newest[1]}"
     return None
+
+
+def _capability(request: Request) -> tuple[int, int] | None:
+    """What the GPU of a request is, supposed or real."""
+    if request.capability is not None or request.device.type != "cuda":
+        return request.capability
+    return torch.cuda.get_device_capability(request.device) if torch.cuda.is_available() else None
 
 
 def _capability_problem(backend: Backend, request: Request) -> str | None:

@@ -128,7 +128,11 @@ class Embedded:
 
 def embed(model: SeaModel, queries: Prepared, codebase: Prepared) -> Embedded:
     """Encode everything once; each candidate alike."""
-    entries, starts = codebase.all_entries(include_whole=model.config.whole_entry)
+    entries, starts = codebase.all_entries(
+        include_whole=model.config.whole_entry,
+        only_whole=model.config.aggregator == "first",
+        head_pieces=model.config.head_pieces,
+    )
     codes = model.embed_codes(entries, starts)
     asked = model.embed_queries([queries.query(row) for row in range(len(queries))])
     check_finite(asked, [f"query of {url}" for url in queries.urls])

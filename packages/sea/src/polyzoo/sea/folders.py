@@ -152,7 +152,7 @@ def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, own: Path | No
             f"({tokenizer.sha256[:12]} instead of {config.tokenizer_sha256[:12]})"
         )
     model.encoder.check(
-        budget=config.split.budget,
+        budget=config.split.longest,
         special=tokenizer.special.count,
         pad_id=tokenizer.special.pad_id,
         vocab_size=tokenizer.vocab_size,

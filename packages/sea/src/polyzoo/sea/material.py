@@ -172,6 +172,7 @@ def build_dataset(
             train,
             include_whole=material.shape.whole_entry,
             only_whole=material.shape.aggregator == "first",
+            head_pieces=material.shape.head_pieces,
             extra=extra,
             extra_per_pair=config.data.extra_per_pair,
             negatives=negatives,

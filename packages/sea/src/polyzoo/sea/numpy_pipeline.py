@@ -21,7 +21,7 @@ from polyzoo.sea.identity import fingerprint, model_id
 from polyzoo.sea.model_sources import CONFIG_NAME, encoder_folder
 
 _ENCODER = "encoder.model."
-_PLAIN = frozenset({"first", "mean", "max", "maxsim", "attn1", "attn1_mean"})
+_PLAIN = frozenset({"first", "mean", "max", "maxsim", "soft_maxsim", "attn1", "attn1_mean"})
 
 
 class NumpyPipeline:
@@ -67,7 +67,7 @@ class NumpyPipeline:
         shape = Shape.read(base / CONFIG_NAME)
         if shape is None or config.aggregator not in _PLAIN:
             return None
-        if max(config.split.budget, config.max_query_tokens) + 2 > shape.positions:
+        if max(config.split.longest, config.max_query_tokens) + 2 > shape.positions:
             return None  # the other loader refuses it, and says why
         tensors = read_arrays(folder / FILE_NAME)
         inside = {
@@ -120,7 +120,7 @@ class NumpyPipeline:
         count, kind = len(x), self.config.aggregator
         equal = np.full(count, 1 / count, np.float32)
         first = np.eye(1, count, dtype=np.float32)[0]
-        if kind in ("mean", "maxsim"):
+        if kind in ("mean", "maxsim", "soft_maxsim"):
             return x.mean(axis=0), equal
         if kind == "max":
             return x.max(axis=0), equal

@@ -12,7 +12,14 @@ import torch
 from polyzoo.core.device import resolve_device, resolve_dtype
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Language, SeaConfig
-from polyzoo.sea.entries import CodeEmbeddings, Entries, check_finite, split_code, split_one
+from polyzoo.sea.entries import (
+    CodeEmbeddings,
+    Entries,
+    check_finite,
+    entry_score,
+    split_code,
+    split_one,
+)
 from polyzoo.sea.folders import LoadedModel, build_bare, load_folder
 from polyzoo.sea.identity import model_id
 from polyzoo.sea.model import CodeVectors
@@ -151,7 +158,7 @@ class SeaPipeline:
     def embed_splits(self, splits: Sequence[Split]) -> CodeEmbeddings:
         """Embed functions that are already split."""
         if not splits:
-            return CodeEmbeddings(np.zeros((0, self.dim), dtype=np.float32), [], [], [])
+            return CodeEmbeddings(np.zeros((0, self.dim), dtype=np.float32), [], [], [], [])
         entries = Entries.of(splits, config=self.config, tokenizer=self.tokenizer)
         codes = self.model.embed_codes(entries.sequences, entries.starts)
         return entries.embeddings(
@@ -191,11 +198,11 @@ class SeaPipeline:
         return results
 
     def score(self, queries: np.ndarray, codes: CodeEmbeddings) -> np.ndarray:
-        """(n, k) scores: inner products, or the best block's with aggregator "maxsim"."""
-        if self.config.aggregator != "maxsim":
+        """(n, k) scores: inner products, or by entries with "maxsim" and "soft_maxsim"."""
+        if not self.config.keeps_entries:
             return queries @ codes.vectors.T
-        best = [(queries @ rows.T).max(axis=1) for rows in codes.block_vectors]
-        return np.stack(best, axis=1) if best else np.zeros((len(queries), 0), np.float32)
+        found = [entry_score(rows @ queries.T, self.config) for rows in codes.entry_vectors]
+        return np.stack(found, axis=1) if found else np.zeros((len(queries), 0), np.float32)
 
 
 def bare_config(encoder: str, local_files_only: bool = False) -> SeaConfig:

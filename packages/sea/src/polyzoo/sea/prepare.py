@@ -220,7 +220,7 @@ def _prepare_record(record: Record, preparation: Preparation) -> _Pieces:
     return _Pieces(
         query=query,
         blocks=blocks,
-        whole=whole[: preparation.split.budget] if len(blocks) > 1 else [],
+        whole=whole[: preparation.split.whole_pieces] if len(blocks) > 1 else [],
         length=len(whole),
         cut=cut,
         fallback=parts.fallback is not None,

@@ -48,6 +48,11 @@ class EmbeddedCode(Protocol):
         ...
 
     @property
+    def entry_vectors(self) -> Sequence[Vectors]:
+        """(entries of the unit, dim) per unit: its blocks, then what else the model compares."""
+        ...
+
+    @property
     def splits(self) -> Sequence[CodeSplit]:
         """One per unit."""
         ...

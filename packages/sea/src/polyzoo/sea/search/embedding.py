@@ -65,6 +65,10 @@ class PendingEmbedder:
         return self._future
 
 
+EXTRA_ENTRIES = 2
+"""Entries beside the blocks, numbered after them: the truncated whole and the head."""
+
+
 def unit_of_block(numbers: Ids) -> Ids:
     """Return the units that blocks belong to."""
     return numbers >> _BLOCK_BITS
@@ -136,10 +140,10 @@ def _copy(
     for store in stores[1:]:
         for unit in units:
             source, info = twins[unit.hash]
-            count = len(info.lines)
-            _, block_vectors = store.get(numbers_of_blocks(source, count))
-            numbers = numbers_of_blocks(unit.id, count)
-            store.upsert(_points([unit] * count, numbers, block_vectors))
+            asked = numbers_of_blocks(source, len(info.lines) + EXTRA_ENTRIES)
+            there, block_vectors = store.get(asked)
+            numbers = numbers_of_blocks(unit.id, len(there))
+            store.upsert(_points([unit] * len(there), numbers, block_vectors))
     return {unit.id: twins[unit.hash][1] for unit in units}
 
 
@@ -178,10 +182,11 @@ def _encode_all(
         raise DataError("the model's vector holds NaN or infinity; check the weights")
     for store in stores[1:]:
         owners, numbers, rows = [], [], []
-        for unit, block_vectors in zip(units, result.block_vectors, strict=True):
-            owners += [unit] * len(block_vectors)
-            numbers.append(numbers_of_blocks(unit.id, len(block_vectors)))
-            rows.append(np.asarray(block_vectors, np.float32))
+        kept = result.entry_vectors if model.config.keeps_entries else result.block_vectors
+        for unit, entries in zip(units, kept, strict=True):
+            owners += [unit] * len(entries)
+            numbers.append(numbers_of_blocks(unit.id, len(entries)))
+            rows.append(np.asarray(entries, np.float32))
         store.upsert(_points(owners, np.concatenate(numbers), np.concatenate(rows)))
     stores[0].upsert(_points(units, np.array([unit.id for unit in units], np.int64), vectors))
     blocks: dict[int, BlockInfo | None] = {}

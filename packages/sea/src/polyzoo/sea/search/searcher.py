@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from polyzoo.core.errors import ConfigError, DataError
+from polyzoo.core.errors import DataError
 from polyzoo.sea.search.config import Mode, SearchConfig, SearchRequest
 from polyzoo.sea.search.embedder import Embedder, load_embedder, load_light
-from polyzoo.sea.search.embedding import unit_of_block
 from polyzoo.sea.search.excerpts import excerpt
 from polyzoo.sea.search.fusion import Ranking, fuse
 from polyzoo.sea.search.ignores import compile_patterns
@@ -22,8 +21,8 @@ from polyzoo.sea.search.locating import Locator
 from polyzoo.sea.search.results import Hit, SearchResult
 from polyzoo.sea.search.schema import UnitRow
 from polyzoo.sea.search.stores import Filter, Vectors
+from polyzoo.sea.search.vector_ranking import DEPTH, rank_vectors
 
-_DEPTH = 200
 _TRIES = 3
 
 
@@ -164,11 +163,11 @@ class Searcher:
         words: Ranking = []
         if query is not None:
             with clock.measure("vectors"):
-                vector = self._rank_vectors(query, request, where)
+                vector = rank_vectors(self.index, query, request, where)
         if mode != "vector":
             with clock.measure("words"):
                 terms = query_terms(request.query)
-                depth = max(_DEPTH, 4 * request.top_k)
+                depth = max(DEPTH, 4 * request.top_k)
                 words = self.index.catalog.match(terms, limit=depth, where=where)
         best = fuse(vector, words, request, mode)
         with clock.measure("blocks"):
@@ -184,31 +183,6 @@ class Searcher:
                 self._paths = {key: tuple(row[0] for row in rows if patterns.match_file(row[1]))}
             files = self._paths[key]
         return Filter(languages=request.languages, kinds=request.kinds, files=files)
-
-    def _rank_vectors(self, query: Vectors, request: SearchRequest, where: Filter) -> Ranking:
-        """Rank units exactly, whatever the store holds that is not visible (yet, or any more)."""
-        settings = self.index.settings
-        by_blocks = request.maxsim or settings.sea.aggregator == "maxsim"
-        if by_blocks and not settings.keep_blocks:
-            raise ConfigError(
-                f"{self.folder} holds no block vectors, which maxsim compares; build it again "
-                f"with: polyzoo sea index {settings.repo} --out {self.folder} --rebuild "
-                "--keep-blocks"
-            )
-        store = self.index.store(blocks=by_blocks)
-        wanted = max(_DEPTH, 4 * request.top_k)
-        limit = wanted * (4 if by_blocks else 1)
-        while True:
-            numbers, scores = store.search(query, limit=limit, where=where)
-            units = unit_of_block(numbers) if by_blocks else numbers
-            best: dict[int, float] = {}
-            for unit, score in zip(units.tolist(), scores.tolist(), strict=True):
-                best.setdefault(unit, score)
-            visible = self.index.catalog.embedded(list(best))
-            ranking = [(unit, score) for unit, score in best.items() if unit in visible]
-            if len(ranking) >= wanted or len(numbers) < limit:
-                return ranking[:wanted]
-            limit *= 4
 
     def _hits(
         self,

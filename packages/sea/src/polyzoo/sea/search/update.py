@@ -226,7 +226,6 @@ def _new_settings(job: _Job, embedder: Embedder, *, old: IndexSettings | None) -
     config, folder = job.config, job.folder
     kind = config.store or (old.store if old else "local")
     same_kind = old is not None and old.store == kind
-    maxsim = embedder.config.aggregator == "maxsim"  # such a model ranks by blocks only
     return IndexSettings(
         repo=str(job.repo),
         model=config.model or (old.model if old else "embedded"),
@@ -237,7 +236,9 @@ def _new_settings(job: _Job, embedder: Embedder, *, old: IndexSettings | None) -
         store=kind,
         store_location=config.store_location or (old.store_location if old and same_kind else ""),
         store_name="vectors" if kind == "local" else store_name(folder),
-        keep_blocks=config.keep_blocks or maxsim or bool(old and old.keep_blocks),
+        keep_blocks=any(
+            (config.keep_blocks, embedder.config.keeps_entries, old is not None and old.keep_blocks)
+        ),
         rules=_rules(config) or (old.rules if old else WalkRules()),
     )
 

@@ -102,6 +102,5 @@ def test_command():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [row["backend"] for row in report["rows"]] == ["sdpa", "reference"]
-    wrong = run_cli("attention", "bench", "--filled", "0")
-    assert wrong.returncode == 2
-    assert "filled=0.0 must be above 0" in wrong.stderr
+    with pytest.raises(ValueError, match=r"filled=0.0 must be above 0 and at most 1"):
+        BenchConfig(filled=0.0)

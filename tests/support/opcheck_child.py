@@ -1,10 +1,12 @@
-"""torch's own check of our operators, in Triton's interpreter; prints the outcomes as JSON."""
+"""torch's own check of our operators, and what calls keep alive, in Triton's interpreter."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+import weakref
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -12,7 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from polyzoo.attention import operators
+from polyzoo.attention import operators, triton
+from polyzoo.attention.types import Call
 
 
 def draw(*shape: int, seed: int, grad: bool = True) -> Tensor:
@@ -32,11 +35,8 @@ def main() -> None:
     forward, backward = operators.attention_forward, operators.attention_backward
     lens = torch.tensor([5, 20], dtype=torch.int32)
     report: dict[str, dict[str, str]] = {}
-    for name, arguments in {
-        "bias": forward_arguments(bias=draw(1, 2, 18, 20, seed=3)),
-        "causal lengths": forward_arguments(kv_lens=lens, right=0),
-    }.items():
-        report[f"forward, {name}"] = torch.library.opcheck(forward, arguments)
+    arguments = forward_arguments(bias=draw(1, 2, 18, 20, seed=3), kv_lens=lens, right=0)
+    report["forward"] = torch.library.opcheck(forward, arguments)
     arguments = forward_arguments(grad=False, kv_lens=lens, bias=draw(1, 2, 18, 20, seed=3))
     arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     out, lse, low = forward(*arguments)
@@ -47,7 +47,31 @@ def main() -> None:
         (torch.ones_like(out), out, lse, low, *arguments[:-1], *needs),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
-    json.dump(report, sys.stdout)
+    json.dump({"operators": report, "kept": kept_tensors()}, sys.stdout)
+
+
+def kept_tensors() -> list[str]:
+    """Inputs that a call keeps alive after it, until Python would collect cycles."""
+    kept: list[str] = []
+    gc.collect()
+    gc.disable()
+    for name, n, m, grad in (
+        ("forward", 18, 40, False),
+        ("few keys", 18, 8, False),
+        ("decoding", 1, 40, False),
+        ("training", 18, 40, True),
+    ):
+        tensors = [draw(1, 2, length, 16, seed=1, grad=grad) for length in (n, m, m)]
+        nothing = (None,) * 3
+        call = Call(*tensors, -1, -1, *nothing, None, 0.25, 0.0, None, True, True)
+        out, lse = triton.forward(call)
+        if grad:
+            out.sum().backward()
+        alive = [weakref.ref(tensor) for tensor in tensors]
+        del out, lse, call, tensors
+        kept += [name for reference in alive if reference() is not None]
+    gc.enable()
+    return kept
 
 
 if __name__ == "__main__":

@@ -299,11 +299,10 @@ class CooperativeCache:
             if self._staged is None:
                 self._place(k, v)
             none_k, none_v = (t.new_empty((*t.shape[:2], 0, t.shape[3])) for t in (k, v))
+            free, keys = self._free, self._block_keys  # not self: a cycle would keep GPU memory
 
             def new_block() -> HostBlock:
-                if self._free:
-                    return self._free.pop()
-                return HostBlock.like(none_k, none_v, self._block_keys)
+                return free.pop() if free else HostBlock.like(none_k, none_v, keys)
 
             state = self._layers[layer] = OffloadedLayer(
                 k, v, capacity=self._capacities[layer], down=self._down, new_block=new_block

@@ -260,6 +260,6 @@ def _chosen_name(
 ) -> str:
     """Choose while torch.compile traces: the name becomes part of the graph."""
     chosen = choose(
-        Request(device, dtype, d, dv, features, scores, square), requested(backend)
+        Request(device, dtype, d, dv, features, scores), requested(backend)
     ).backend
     return chosen.name  # pyright: ignore[reportOptionalMemberAccess]

@@ -124,6 +124,11 @@ void attend(const Element* keys, const Element* values, long count, const float*
         const int here = (int)(count - start < kTile ? count - start : kTile);
         const Element* k = keys + start * DIM;
         for (int j = 0; j < here; ++j, k += DIM) {
+            // Values are read in strips of channels later, which memory does not like: fetch whole
+            // rows now, beside the keys.
+            const char* row = (const char*)(values + (start + j) * DIM);
+            for (size_t byte = 0; byte < DIM * sizeof(Element); byte += 64)
+                __builtin_prefetch(row + byte, 0, 2);
             Floats dot[R] = {};
             for (int c = 0; c < kSteps; ++c) {
                 Floats part = load(k + c * kLanes);

@@ -28,7 +28,7 @@ from polyzoo.attention import (
 )
 from polyzoo.attention.cli import BackendsConfig, ExplainConfig
 from polyzoo.attention.commands import explain_call, list_backends, render_backends
-from polyzoo.attention.features import BIT, FEATURES
+from polyzoo.attention.features import BIT, FEATURES, long_square
 from polyzoo.attention.registry import pick, refusal
 from polyzoo.attention.torch_build import build_problem
 from polyzoo.core.errors import UsageError
@@ -162,6 +162,33 @@ class TestChoosing:
             "reference",
         ]
         assert pick([capable], huge, by_name=True).backend is capable
+
+    def test_long_calls_of_common_shape(self):
+        assert long_square(577, 577, False)
+        assert long_square(2048, 2048, True)
+        assert not long_square(577, 577, True), "prompts have all lengths: each would be planned"
+        assert not long_square(128, 128, False)
+        assert not long_square(1024, 2048, False)
+
+    def test_fp32_without_gradients_goes_to_torch(self):
+        by_name = {backend.name: backend for backend in backends()}
+        triton = dataclasses.replace(
+            by_name["triton"], min_cc=None, devices=None, available=lambda: None
+        )
+        others = [by_name["sdpa"], by_name["reference"]]
+        asked = request(long_square=True)
+        choice = pick([triton, *others], asked)
+        assert name_of(choice) == "sdpa"
+        assert choice.reasons[0] == "triton: fp32 without gradients: slow products"
+        for kept in (
+            request(features=BIT["backward"], long_square=True),
+            request(features=BIT["relpos"], long_square=True),
+            request(features=BIT["window"], long_square=True),
+            request(dtype=torch.bfloat16, long_square=True),
+            request(),
+        ):
+            assert pick([triton, *others], kept).backend is triton, kept
+        assert pick([triton], asked, by_name=True).backend is triton
 
     def test_reduced_precision_only_where_asked_for(self):
         by_name = {backend.name: backend for backend in backends()}

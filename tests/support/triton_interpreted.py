@@ -34,6 +34,11 @@ from support.attention_oracle import (
     visible,
 )
 
+IN_HALF = (
+    "bias_t5_d64", "cross_kvlens_dead_d72", "dropout_d64", "huge_logits_d64", "relpos_sam_d80",
+    "varlen_causal_gqa_d64", "window_causal_d80",
+)  # fmt: skip
+"""Cases that run in fp16 too: every kind of term of the scores, once."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # bf16 is wrong in the interpreter
 
 
@@ -63,7 +68,7 @@ def stored() -> dict[str, object]:
     """Errors on the stored cases beside those of torch's math attention."""
     report: dict[str, object] = {}
     for kind, dtype in DTYPES.items():
-        for name in parity_names():
+        for name in parity_names() if kind == "fp32" else IN_HALF:
             problem, wanted = parity_case(name, dtype, "cpu")
             dout = wanted["do"].to(dtype)
             found = run(problem, dout, parts=1 if kind == "fp32" else 2)

@@ -208,11 +208,12 @@ def attention(
     scores = matrix_scores(b, h, n, m)
     if torch.compiler.is_compiling():
         # operator.index fixes a symbolic size: head sizes always, the matrix only where it is huge.
+        # Lengths stay symbolic, so what depends on them (`long_square`) is left out here.
         d, dv, scores = index(d), index(v.shape[3]), index(scores)
-        name = _chosen_name(device, dtype, d, dv, features, scores, long_square(q, k), backend)
+        name = _chosen_name(device, dtype, d, dv, features, scores, backend)
         out, lse = forwards()[name](call)
     else:
-        square = long_square(q, k)
+        square = device.type == "cuda" and long_square(n, m, right == 0)
         request = Request(device, dtype, d, v.shape[3], features, scores, square)
         chosen = choose(request, requested(backend)).backend
         out, lse = chosen.forward(call)  # pyright: ignore[reportOptionalMemberAccess]
@@ -255,11 +256,10 @@ def _chosen_name(
     dv: int,
     features: int,
     scores: int,
-    square: bool,
     backend: str,
 ) -> str:
     """Choose while torch.compile traces: the name becomes part of the graph."""
     chosen = choose(
-        Request(device, dtype, d, dv, features, scores, square), requested(backend)
+        Request(device, dtype, d, dv, features, scores), requested(backend)
     ).backend
     return chosen.name  # pyright: ignore[reportOptionalMemberAccess]

@@ -13,6 +13,7 @@ from polyzoo.attention.features import (
     BIT,
     Precision,
     bias_features,
+    long_square,
     precision_feature,
     shape_features,
 )
@@ -107,7 +108,7 @@ def explain(
         v.shape[3],
         features,
         matrix_scores(q.shape[0], q.shape[1], n, m),
-        n == m and n >= 256,
+        long_square(n, m, bool(features & BIT["causal"])),
         capability,
     )
     return decide(request, requested(backend))

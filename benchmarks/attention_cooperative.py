@@ -60,7 +60,6 @@ class Bench:
         self.a = arguments
         self.device: str = arguments.device
         self.threads = len(os.sched_getaffinity(0))
-        self.lines: list[dict[str, Any]] = []
         self.per_key = 2 * HK * D * DTYPE.itemsize
         self.whole = arguments.tokens * arguments.layers * self.per_key
         self.cap = int(arguments.share * self.whole)
@@ -72,7 +71,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def say(self, way: str, phase: str, seconds: float, tokens: int, **more: Any) -> None:
-        """Print a line and keep it."""
+        """Keep the line of one measurement."""
         line = {
             "way": way,
             "phase": phase,
@@ -88,21 +87,28 @@ class Bench:
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
             "torch": torch.__version__,
         }
+        self.keep(line)
+
+    def keep(self, line: dict[str, Any]) -> None:
+        """Print a line and append it to the file, if there is one."""
         print(json.dumps(line), flush=True)
-        self.lines.append(line)
+        if self.a.out:
+            with Path(self.a.out).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def prefill(self, cache: CooperativeCache) -> None:
         """Fill the cache; check some rows of the last chunk."""
         a, rows = self.a, 16
-        for warm in (True, False):  # compile on two chunks of a throw-away cache
-            target = self.new_cache() if warm else cache
+        small = self.per_key * (4 * a.block_keys + a.layers * a.chunk)
+        for warm in (True, False):  # compile on some chunks of a cache that soon spills
+            target = self.new_cache(small) if warm else cache
             if not warm:
                 before = time.perf_counter()
                 target.reserve(*chunk(0, 0, 1, self.device)[1:])
                 reserving = time.perf_counter() - before
                 if self.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-            stop = a.tokens if not warm else 2 * a.chunk
+            stop = a.tokens if not warm else 4 * a.chunk
             kept: list[Tensor] = []
             seconds = 0.0
             for start in range(0, stop, a.chunk):
@@ -134,11 +140,11 @@ class Bench:
             reserving_s=round(reserving, 3),
         )
 
-    def new_cache(self) -> CooperativeCache:
-        """An empty cache under the cap."""
+    def new_cache(self, gpu_bytes: int | None = None) -> CooperativeCache:
+        """An empty cache, under the cap if nothing else is said."""
         return CooperativeCache(
             self.a.layers,
-            gpu_bytes=self.cap,
+            gpu_bytes=gpu_bytes or self.cap,
             device=self.device,
             block_keys=self.a.block_keys,
             staging_blocks=4,
@@ -214,13 +220,16 @@ class Bench:
                     shares = cache.shares
                     assert shares is not None
                     self.measured = shares.streamed
-                    self.lines[-1] |= {
-                        "streamed_share": round(shares.streamed, 3),
-                        "bus_gb_s": round(shares.bus / 1e9, 2),
-                        "host_gb_s": round(shares.host / 1e9, 2),
-                        "peak_gb": self.peak(),
-                    }
-                    print(json.dumps(self.lines[-1]), flush=True)
+                    self.keep(
+                        {
+                            "way": way,
+                            "phase": "division",
+                            "streamed_share": round(shares.streamed, 3),
+                            "bus_gb_s": round(shares.bus / 1e9, 2),
+                            "host_gb_s": round(shares.host / 1e9, 2),
+                            "decode_peak_gb": self.peak(),
+                        }
+                    )
         del cache
         self.others()
 
@@ -235,7 +244,7 @@ class Bench:
             )
             expected = attention(q.float(), *whole)
             worst = max(worst, float((out.float() - expected).abs().max()))
-        print(json.dumps({"check": "decode against fp32", "largest_difference": worst}), flush=True)
+        self.keep({"phase": "decode against fp32", "largest_difference": worst})
         if worst > 2e-3:
             raise SystemExit(f"decoding differs by {worst}")
 
@@ -328,9 +337,6 @@ def main() -> None:
     print(json.dumps({"cpu": platform.processor(), "threads": bench.threads}), flush=True)
     with torch.no_grad():
         bench.run()
-    if arguments.out:
-        with Path(arguments.out).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in bench.lines)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-r"""Launch every Triton kernel once, at small sizes: something for compute-sanitizer to look at.
+r"""Launch every kernel once, at small sizes: something for compute-sanitizer to look at.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
         python benchmarks/attention_each_kernel.py
 
-and again with `--tool racecheck`. Without the caching allocator every tensor has bounds of its own.
+and again with `--tool racecheck`; `triton` or `cuda` as an argument launches only those. Without
+the caching allocator every tensor has bounds of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 
 import torch
 
-from polyzoo.attention.kernels import launch_decode, launch_short
+from polyzoo.attention.kernels import launch_cuda, launch_decode, launch_short
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import backward
 from polyzoo.attention.kernels.problem import Problem, heads_last
@@ -53,6 +54,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("attention_each_kernel needs a CUDA device: nothing ran", file=sys.stderr)
         return
+    which = sys.argv[1] if len(sys.argv) > 1 else "all"
+    if which in ("all", "triton"):
+        triton_kernels()
+    if which in ("all", "cuda"):
+        cuda_kernels()
+
+
+def triton_kernels() -> None:
+    """Every Triton kernel."""
     for name, problem in problems():
         low = heads_last(problem.q, problem.v.shape[-1])
         out, lse = forward(problem, low=low)
@@ -76,6 +86,19 @@ def main() -> None:
     launch_decode.decode(long, splits=3)
     torch.cuda.synchronize()
     print("decode", flush=True)
+
+
+def cuda_kernels() -> None:
+    """Every CUDA C++ kernel of Turing, for a narrow and a wide head."""
+    for d in (72, 128):
+        q, k, v = (drawn(2, 4, 150, d).half() for _ in range(3))
+        lens = torch.tensor([77, 0], device="cuda", dtype=torch.int32)
+        call = Problem(q=q, k=k[:, :2], v=v[:, :2], scale=0.1, kv_lens=lens, left=40, right=3)
+        low = heads_last(q, d)
+        out, lse = launch_cuda.forward(call, low=low, volta=False)
+        launch_cuda.backward(call, out, lse, torch.randn_like(out), low=low, volta=False)
+        torch.cuda.synchronize()
+        print(f"CUDA C++ kernels, {d} channels", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from polyzoo.attention.kernels.launch_decode import decode
 from polyzoo.attention.kernels.tuning import TileConfig
 
 FORWARD = [
-    (64, 32, 4, 3, False), (64, 64, 4, 2, False), (64, 64, 4, 3, False), (128, 32, 4, 3, False),
+    (64, 32, 4, 3, False), (64, 32, 4, 4, False), (64, 64, 4, 2, False),
+    (64, 64, 4, 3, False), (128, 32, 4, 3, False),
     (128, 64, 8, 2, False), (128, 64, 8, 3, False), (128, 64, 4, 3, False),
     (128, 128, 8, 2, False), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 64, 4, 4, True),
     (128, 64, 4, 3, True), (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 4, True),
@@ -43,8 +44,8 @@ BACKWARD_Q = [
 ]  # fmt: skip
 SHORT = [
     (bm, waves, warps, stages)
-    for bm, warps in ((64, 4), (128, 8), (128, 4))
-    for waves in (3, 5)
+    for bm, warps in ((64, 4), (128, 8))
+    for waves in (2, 3, 5)
     for stages in (2, 3)
 ]  # fmt: skip
 DECODE = [
@@ -67,7 +68,7 @@ def jobs(names):
             continue
         small = name in ("Q1a", "Q1b")
         sizes_forward = FORWARD_SMALL + FORWARD[:4] if small else FORWARD
-        if name == "P3a":
+        if name in ("P3a", "P3b", "S2", "S2b", "C2"):
             yield from ((name, "short", sizes) for sizes in SHORT)
         for sizes in sizes_forward:
             if not (sizes[4] and name in ("S1", "S1b", "P3a", "P3b", "R1", "R1p", "R2p")):

@@ -1,12 +1,11 @@
 """Every strategy beside the raw engines: speed, memory and loss of a GPT on this machine.
 
-    python benchmarks/training_tiers.py --rows plain,zero3-cpu --size 2.56 --limit 300 --out tiers.jsonl
-    torchrun --nproc-per-node 2 ... is not needed: --gpus 2 starts the processes itself
+    python benchmarks/training_tiers.py --rows plain,zero3-cpu --size 2.56 --limit 300
 
-One JSON line a row, each measured in processes of its own; rows already in the file are passed over,
-and none is begun that the time limit would cut. A row is ENGINE:STRATEGY[:KEY=VALUE...], ENGINE
-trainer or raw. The model: GELU blocks, sequence 1024, vocabulary 8192, recomputed blocks, bf16,
-AdamW, clipping at 1.0.
+--gpus 2 starts two processes itself. One JSON line a row goes to --out, each measured in processes
+of its own; rows already in the file are passed over, and none begins at the end of the limit. A row
+is ENGINE:STRATEGY[:KEY=VALUE...], ENGINE trainer or raw. The model: GELU blocks, sequence 1024,
+vocabulary 8192, recomputed blocks, bf16, AdamW, clipping at 1.0.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SEQUENCE, VOCABULARY = 1024, 8192
 SHAPES = {  # billions of parameters: layers, width, heads
-    "0.001": (2, 128, 4), "0.04": (2, 1024, 8), "0.125": (12, 896, 14), "1.24": (24, 2048, 16), "2.56": (32, 2560, 20),
+    "0.001": (2, 128, 4), "0.04": (2, 1024, 8), "1.24": (24, 2048, 16), "2.56": (32, 2560, 20),
     "4.1": (40, 2880, 24), "5.2": (40, 3264, 24), "6.6": (32, 4096, 32), "8.2": (40, 4096, 32),
     "9.8": (48, 4096, 32), "11.4": (56, 4096, 32), "13.0": (64, 4096, 32),
 }  # fmt: skip
@@ -50,11 +50,12 @@ class Row:
 
     @classmethod
     def parse(cls, text: str) -> Row:
+        """Read a row's name."""
         engine, strategy, *pairs = text.split(":")
         return cls(engine, strategy, dict(pair.split("=", 1) for pair in pairs))
 
 
-def build_gpt(size: str, device: str) -> Any:
+def build_gpt(size: str, device: str | None) -> Any:
     import torch
     from torch import nn
     from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -97,7 +98,8 @@ def build_gpt(size: str, device: str) -> Any:
             logits = self.head(self.norm(x))
             return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
-    with torch.device(device):
+    # Built in pieces, the engine chooses the device.
+    with nullcontext() if device is None else torch.device(device):
         return Gpt(), Block
 
 
@@ -126,12 +128,14 @@ class HostWatch(threading.Thread):
 
     @staticmethod
     def available() -> int:
+        """Bytes free, or free at once."""
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
         return 0
 
     def run(self) -> None:
+        """Look ten times a second."""
         while not self.over.wait(0.1):
             self.least = min(self.least, self.available())
 
@@ -182,12 +186,12 @@ def by_trainer(row: Row, options: argparse.Namespace) -> dict[str, Any]:
               int(v) if v.isdigit() else v)
         for key, v in row.options.items()
     }  # fmt: skip
-    for flag in ("sharded_init", "pin_memory"):
+    for flag in ("sharded_init", "pin_memory", "overlap"):
         if flag in given:
             given[flag] = bool(given[flag])
 
     def build() -> Any:
-        model, _ = build_gpt(options.size, "cpu" if given.get("sharded_init") else device)
+        model, _ = build_gpt(options.size, None if given.get("sharded_init") else device)
         model.recompute = True
         return model
 
@@ -295,7 +299,7 @@ def wait(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
-def raw_single(row: Row, options: argparse.Namespace, device: Any) -> Callable[..., Any]:
+def raw_single(_: Row, options: argparse.Namespace, device: Any) -> Callable[..., Any]:
     import torch
 
     model, _ = build_gpt(options.size, str(device))
@@ -326,8 +330,8 @@ def raw_deepspeed(row: Row, options: argparse.Namespace, device: Any) -> Callabl
     import torch
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
-                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):  # fmt: skip
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
         os.environ.setdefault(name, value)
     os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
     import deepspeed
@@ -349,7 +353,7 @@ def raw_deepspeed(row: Row, options: argparse.Namespace, device: Any) -> Callabl
     }
     deepspeed.init_distributed()
     with deepspeed.zero.Init(config_dict_or_path=settings):
-        model, _ = build_gpt(options.size, "cpu")
+        model, _ = build_gpt(options.size, None)
     model.recompute = True
     if row.strategy == "zero3":
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -405,7 +409,7 @@ def run_row(text: str, options: argparse.Namespace, limit: float) -> dict[str, A
                     "LOCAL_WORLD_SIZE": str(options.gpus), "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": port,
                 }  # fmt: skip
-            log = (Path(options.logs) / f"{text.replace(':', '_').replace('/', '-')}.{rank}.log")
+            log = Path(options.logs) / f"{text.replace(':', '_').replace('/', '-')}.{rank}.log"
             stream = log.open("w")
             children.append(
                 subprocess.Popen(
@@ -474,7 +478,7 @@ def main() -> None:
     for text in named:
         key = (text, options.size, options.gpus, options.batch, options.accum)
         left = options.limit - (time.monotonic() - began)
-        if key in done or left < 20:
+        if key in done or left < 15:
             print(f"passed over: {text} ({left:.0f} s left)", flush=True)
             continue
         begun = time.monotonic()

@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument("--pack", type=Path, required=True, help="icon pack of 64 pixels")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument(
+        "--go-on", action="store_true", help="start from the networks that the folder holds"
+    )
     parser.add_argument("--batch-size", type=int, help="the preset's where not given")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--calibration-steps", type=int, default=CALIBRATION_STEPS)
@@ -53,7 +56,7 @@ def train(name: str, seconds: float, given: argparse.Namespace) -> int:
     config = replace(
         config,
         out=given.out,
-        start=given.out if config.start else None,
+        start=given.out if config.start or given.go_on else None,
         data=replace(config.data, icons=given.pack),
         compile=config.compile and not given.no_compile,
         train=replace(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import platform
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +166,19 @@ def test_the_first_layers_can_be_kept_whole():
     assert cache.keys(2)[1] > 60
 
 
+def test_memory_is_free_as_soon_as_the_cache_is_gone():
+    gc.collect()
+    gc.disable()
+    try:
+        cache = compare([50, 30, 1], capacity=20, stream=0.5)
+        buffers = [weakref.ref(state.k) for state in cache._layers if state is not None]
+        assert len(buffers) == 2
+        del cache
+        assert all(buffer() is None for buffer in buffers), "held by a cycle of references"
+    finally:
+        gc.enable()
+
+
 class TestHost:
     """Attention of a few queries on the CPU, compiled and in torch."""
 
@@ -192,6 +209,30 @@ class TestHost:
         torch.testing.assert_close(out.double(), expected[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lse.double(), expected[1], rtol=1e-6, atol=1e-6)
         decoder.close()
+
+    @pytest.mark.skipif(_compiler() is None, reason="needs a C++ compiler, as c++ or CXX")
+    @pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
+    def test_lesser_cpus(self, march: str):
+        """The same on 16 and 32 byte vectors, where this CPU is an x86-64 that has them."""
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+        if platform.machine() != "x86_64" or (march != "x86-64" and " avx2 " not in flags):
+            pytest.skip(f"needs a CPU that runs {march}")
+        q = random(1, 6, 1, 32).bfloat16()
+        k, v = (random(1, 1, 900, 32, seed=seed).bfloat16() for seed in (1, 2))
+        out, _ = HostDecoder(1, native=True, march=march).start(q, [KeyBlock(k, v)]).result()
+        expected = attention(q.double(), k.double(), v.double(), backend="reference")
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("native", NATIVE)
+    def test_long_blocks_are_several_tasks(self, native: bool):
+        q, k = random(1, 2, 1, 16), random(1, 1, 9001, 16, seed=1)
+        v = random(1, 1, 9001, 16, seed=2)
+        out, lse = HostDecoder(3, native=native).start(q, [KeyBlock(k, v)]).result()
+        expected = attention(
+            q.double(), k.double(), v.double(), return_lse=True, backend="reference"
+        )
+        torch.testing.assert_close(out.double(), expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse.double(), expected[1], rtol=1e-6, atol=1e-6)
 
     @pytest.mark.parametrize("native", NATIVE)
     def test_very_unequal_scores(self, native: bool):

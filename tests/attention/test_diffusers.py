@@ -39,14 +39,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pixart() -> PixArtTransformer2DModel:
+def pixart(layers: int = 2) -> PixArtTransformer2DModel:
     torch.manual_seed(0)
     model = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=24,
         in_channels=4,
         out_channels=8,
-        num_layers=2,
+        num_layers=layers,
         cross_attention_dim=48,
         caption_channels=20,
         sample_size=8,
@@ -117,7 +117,7 @@ class TestPixArt:
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
 
     def test_compiles_as_one_graph(self):
-        model = pixart()
+        model = pixart(layers=1)
         install(model)
         mask = padding("right")
         expected = denoised(model, mask)
@@ -190,6 +190,13 @@ class TestPaddingAsLengths:
         lengths = kv_lens_of(mask)
         assert lengths is not None
         assert lengths.tolist() == LENGTHS.tolist()
+
+    def test_boolean_masks(self):
+        mask = torch.arange(6) < torch.tensor([6, 0, 4])[:, None]
+        lengths = kv_lens_of(mask)
+        assert lengths is not None
+        assert lengths.tolist() == [6, 0, 4]
+        assert kv_lens_of(mask.flip(1)) is None
 
     @pytest.mark.parametrize(
         "row", [[-1e4, 0.0, 0.0], [-1e4, -1e4, -1e4], [0.0, -1e4, 0.0], [0.0, -1.0, -1e4]]

@@ -147,3 +147,15 @@ class TestGraphs:
             out = attention(late, late, late)
         side.synchronize()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_lengths_on_a_gpu_are_checked_when_asked_for(monkeypatch: pytest.MonkeyPatch):
+    q = torch.randn(2, 4, 8, 64, device="cuda", dtype=torch.float16)
+    lengths = torch.tensor([8, 9], device="cuda")
+    clamped = attention(q, q, q, kv_lens=lengths)
+    assert torch.equal(clamped, attention(q, q, q, kv_lens=lengths.clamp(max=8)))
+    monkeypatch.setenv("POLYZOO_CHECK", "1")
+    with pytest.raises(ValueError, match=r"kv_lens\[1\] is 9; it must be in 0\.\.8"):
+        attention(q, q, q, kv_lens=lengths)

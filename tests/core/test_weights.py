@@ -402,3 +402,15 @@ def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
     plain.touch()
     write_weights(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
     assert (tmp_path / "x.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    """Its first byte is then 0x80, as a pickle's; one file in 32 is like that."""
+    tensors = {"a": torch.arange(3.0)}
+    path = tmp_path / "model.safetensors"
+    seen = False
+    for length in range(0, 400, 8):
+        write_weights(path, tensors, metadata={"note": "x" * length})
+        seen = seen or path.read_bytes()[0] == 0x80
+        assert equal(read_weights(path), tensors)
+    assert seen

@@ -196,7 +196,7 @@ def sam_tokens_prompts(case: Case) -> None:
 
 def clip_of(case: Case) -> torch.nn.Module:
     clip = clips.build_clip(clip_config(case.about["clip"])).eval()
-    present = {k: v for k, v in case.weights.items()}
+    present = dict(case.weights)
     wanted = clip.state_dict()
     assert set(present) <= set(wanted)
     clip.load_state_dict({**wanted, **present})
@@ -277,9 +277,7 @@ def integration(case: Case) -> None:
 def full_eval(case: Case) -> None:
     model = model_of(case)
     io, count = case.io, case.about["num_images"]
-    embeddings = torch.cat(
-        [model.image_embedding(io[f"in.{i}.image"][None]) for i in range(count)]
-    )
+    embeddings = torch.cat([model.image_embedding(io[f"in.{i}.image"][None]) for i in range(count)])
     case.close(embeddings, "mid.image_embeddings")
     out = [model.decode(embeddings[i], boxes=io[f"in.{i}.boxes"], chunk=2) for i in range(count)]
     tokens = torch.stack([part.selected(multimask=False).tokens[:, 0] for part in out])

@@ -81,9 +81,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(f"{kind}_case", chosen, ids=[case.folder.name for case in chosen])
 
 
-def test_every_kind_of_case_is_stored(pytestconfig: pytest.Config):
+def test_the_small_cases_are_stored(pytestconfig: pytest.Config):
+    """Those of whole tokenizers and of both stages are 9 MB: they come by --parity-dir."""
     if not pytestconfig.getoption("--parity-dir"):
-        assert {case.kind for case in cases(pytestconfig)} == set(KINDS.values())
+        assert {case.kind for case in cases(pytestconfig)} == {"vit", "qformer", "vq"}
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

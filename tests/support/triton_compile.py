@@ -84,7 +84,13 @@ def compile_kernel(
 
 
 def read(cubin: bytes, shared: int) -> Compiled:
-    """Disassemble with the cuobjdump of triton's wheel."""
+    """Disassemble a cubin of one kernel with the cuobjdump of triton's wheel."""
+    (found,) = read_functions(cubin).values()
+    return Compiled(found.registers, found.spilled, shared, found.instructions)
+
+
+def read_functions(cubin: bytes) -> dict[str, Compiled]:
+    """Every kernel of a cubin by name; shared memory is left 0."""
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -95,10 +101,15 @@ def read(cubin: bytes, shared: int) -> Compiled:
             ).stdout
             for option in ("-res-usage", "-sass")
         )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    names = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.M))
-    return Compiled(int(found[1]), int(found[2]), shared, names)
+    found: dict[str, Compiled] = {}
+    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL))
+    for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
+        names = re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", bodies[name], re.MULTILINE
+        )
+        found[name] = Compiled(int(registers), int(stack), 0, Counter(names))
+    assert found, usage
+    return found
 
 
 def compile_case(key: str, sizes: tuple[int, int, int, int, bool], *, capability: int) -> Compiled:

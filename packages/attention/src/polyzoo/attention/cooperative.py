@@ -299,11 +299,10 @@ class CooperativeCache:
             if self._staged is None:
                 self._place(k, v)
             none_k, none_v = (t.new_empty((*t.shape[:2], 0, t.shape[3])) for t in (k, v))
+            free, keys = self._free, self._block_keys  # not self: a cycle would keep GPU memory
 
             def new_block() -> HostBlock:
-                if self._free:
-                    return self._free.pop()
-                return HostBlock.like(none_k, none_v, self._block_keys)
+                return free.pop() if free else HostBlock.like(none_k, none_v, keys)
 
             state = self._layers[layer] = OffloadedLayer(
                 k, v, capacity=self._capacities[layer], down=self._down, new_block=new_block
@@ -351,13 +350,12 @@ class CooperativeCache:
         size = sum(part.numel() * part.element_size() for part in (blocks[0].k, blocks[0].v))
         parts = [block.part() for block in blocks]
         self._decoder.start(host_q, parts).result()  # compiles, starts threads, touches pages
+        staged.bring(blocks)()
         torch.cuda.synchronize(self.device)
+        bringing = staged.bring(blocks)
         started = time.perf_counter()
-        pending = self._decoder.start(host_q, parts)
-        mark = staged.bring(blocks)
-        pending.result()
+        self._decoder.start(host_q, parts).result()
         host = len(blocks) * size / (time.perf_counter() - started)
-        mark.synchronize()
-        bus = len(blocks) * size / (time.perf_counter() - started)
+        bus = len(blocks) * size / bringing()
         self._shares = Shares(bus / (bus + host), bus, host)
         return self._shares

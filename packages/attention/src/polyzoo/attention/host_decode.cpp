@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -21,13 +21,19 @@
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE, NEON
+#endif
 constexpr int kSteps = DIM / kLanes;
 constexpr int kTile = 256;  // keys whose scores are held at once; their keys and values fit in L2
 constexpr int kPairSteps = kSteps % 2 == 0 ? 2 : 1;
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 #if ELEMENT == 0
 typedef float Element;
@@ -38,8 +44,8 @@ inline Floats load(const Element* p) {
 }
 #elif ELEMENT == 1
 typedef uint16_t Element;
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 inline Floats load(const Element* p) {
     Halves half;
     std::memcpy(&half, p, sizeof half);
@@ -55,6 +61,10 @@ inline Floats load(const Element* p) {
     __m256i half;
     std::memcpy(&half, p, sizeof half);
     return (Floats)_mm512_cvtph_ps(half);
+#elif defined(__AVX2__) && defined(__F16C__)
+    __m128i half;
+    std::memcpy(&half, p, sizeof half);
+    return (Floats)_mm256_cvtph_ps(half);
 #else
     Floats out;
     for (int i = 0; i < kLanes; ++i) out[i] = (float)p[i];
@@ -66,6 +76,11 @@ inline Floats load(const Element* p) {
 inline float total(Floats x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX2__)
+    __m256 wide = (__m256)x;
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(wide), _mm256_extractf128_ps(wide, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 #else
     float sum = 0;
     for (int i = 0; i < kLanes; ++i) sum += x[i];

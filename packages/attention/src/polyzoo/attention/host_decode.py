@@ -31,10 +31,12 @@ logger = get_logger(__name__)
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
 _CHANNELS = 16
 _CHANNEL_LIMIT = 256
 _TORCH_KEYS = 2048
+_TASK_KEYS = 4096
+"""Keys of one task of a thread: small against what a call has, so that all threads end together."""
 
 State = tuple[Tensor, Tensor]
 
@@ -88,24 +90,29 @@ class HostDecoder:
         >>> out, lse = decoder.start(q, [KeyBlock(k, v)]).result()
     """
 
-    def __init__(self, threads: int | None = None, *, native: bool | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, *, native: bool | None = None, march: str = "native"
+    ) -> None:
         """Start no thread yet.
 
         Args:
             threads: As many as the process has cores if left out.
             native: Use the compiled kernel; where possible if left out.
+            march: What the compiler's option of that name gets; the CPU at hand.
 
         Raises:
             ValueError: `native=True` and there is no C++ compiler.
         """
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _cores()
         if native and _compiler() is None:
             raise ValueError(
                 "native=True needs a C++ compiler (c++, g++ or clang++, or one named by the "
                 "environment variable CXX), and there is none; install one or use native=None"
             )
         self._native = native
+        self._march = march
         self._pool: ThreadPoolExecutor | None = None
+        self._owner = os.getpid()
 
     def start(
         self, q: Tensor, blocks: Sequence[KeyBlock], *, scale: float | None = None
@@ -120,15 +127,23 @@ class HostDecoder:
         Returns:
             Wait on its `result()`. The blocks must not change before.
         """
-        if self._pool is None:
+        if self._pool is None or self._owner != os.getpid():  # a fork has none of the threads
+            self._owner = os.getpid()
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="host-decode")
         factor: float = q.shape[3] ** -0.5 if scale is None else scale
         library = None
         if self._native is not False and serves(q, blocks):
-            library = _library(_ELEMENTS[q.dtype], q.shape[3])
+            library = _library(_ELEMENTS[q.dtype], q.shape[3], self._march)
         if library is None:
             future = self._pool.submit(_attend_with_torch, q, blocks, factor)
             return Pending([], future.result)
+        blocks = [
+            KeyBlock(k, v)
+            for block in blocks
+            for k, v in zip(
+                block.k.split(_TASK_KEYS, dim=2), block.v.split(_TASK_KEYS, dim=2), strict=True
+            )
+        ]
         job = _NativeJob(q, blocks, factor)
         futures = [
             self._pool.submit(library.work, ctypes.byref(job.struct))
@@ -228,7 +243,7 @@ def _compiler() -> str | None:
 
 
 @lru_cache(maxsize=32)
-def _library(element: int, dim: int) -> ctypes.CDLL | None:
+def _library(element: int, dim: int, march: str) -> ctypes.CDLL | None:
     """Compile or find the kernel; None where that fails, which is told once."""
     compiler = _compiler()
     if compiler is None:
@@ -236,7 +251,7 @@ def _library(element: int, dim: int) -> ctypes.CDLL | None:
             "no C++ compiler: attention over keys on the host runs in torch, several times slower"
         )
         return None
-    options = (*_FLAGS, f"-DELEMENT={element}", f"-DDIM={dim}")
+    options = (*_FLAGS, f"-march={march}", f"-DELEMENT={element}", f"-DDIM={dim}")
     try:
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, timeout=60, check=True
@@ -263,6 +278,13 @@ def _library(element: int, dim: int) -> ctypes.CDLL | None:
         return None
     library.work.restype = None
     return library
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu() -> str:

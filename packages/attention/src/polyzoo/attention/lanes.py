@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -43,6 +44,30 @@ class Lane:
             return Mark(None)
         return Mark(torch.cuda.current_stream(self._stream.device).record_event())
 
+    def uses(self, *tensors: Tensor) -> None:
+        """Keep the memory of tensors from being given away while something here may use it."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
+
+    def timed(self, copy: Callable[[], None]) -> Callable[[], float]:
+        """Queue copies; returns what waits for them and tells their seconds."""
+        if self._stream is None:
+            before = time.perf_counter()
+            copy()
+            seconds = time.perf_counter() - before
+            return lambda: seconds
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(self._stream)
+        copy()
+        stop.record(self._stream)
+
+        def wait() -> float:
+            stop.synchronize()
+            return start.elapsed_time(stop) / 1e3
+
+        return wait
+
     @contextmanager
     def after(self, *marks: Mark | None) -> Iterator[None]:
         """Queue what is done inside here, behind the marks."""
@@ -69,4 +94,4 @@ class Lane:
                 for pair in range(target.shape[0] * target.shape[1]):
                     item, head = divmod(pair, target.shape[1])
                     target[item, head].copy_(kept[item, head], non_blocking=True)
-        kept.record_stream(self._stream)
+        self.uses(kept)

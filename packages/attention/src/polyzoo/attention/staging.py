@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -41,6 +41,8 @@ class Staging:
         self._turn = 0
         self._ahead: deque[tuple[HostBlock, int, Slot]] = deque()
         self._up = Lane(k.device)
+        for slot in self._slots:
+            self._up.uses(slot.k, slot.v)
 
     def fetch(self, wanted: Wanted, index: int) -> tuple[Tensor, Tensor, Slot]:
         """Return the keys and values of a wanted block, which the current stream may use.
@@ -71,12 +73,15 @@ class Staging:
             self._fill(slot, block, layer.spilled)
             self._ahead.append((block, block.filled, slot))
 
-    def bring(self, blocks: Sequence[HostBlock]) -> Mark:
-        """Load blocks over one another, to time the bus; returns when the last one is there."""
+    def bring(self, blocks: Sequence[HostBlock]) -> Callable[[], float]:
+        """Load blocks over one another; returns what waits for them and tells the seconds."""
         self._ahead.clear()
-        for index, block in enumerate(blocks):
-            self._fill(self._slots[index % len(self._slots)], block, None)
-        return self._up.mark()
+
+        def copy() -> None:
+            for index, block in enumerate(blocks):
+                self._fill(self._slots[index % len(self._slots)], block, None)
+
+        return self._up.timed(copy)
 
     def _fill(self, slot: Slot, block: HostBlock, spilled: Mark | None) -> None:
         with self._up.after(slot.used, spilled):

@@ -95,7 +95,8 @@ class ControlBranch(ModelMixin, ConfigMixin):
         for own, block in zip(branch.copies(), transformer.transformer_blocks, strict=False):
             own.load_state_dict(block.state_dict())
         reference = transformer.scale_shift_table
-        return branch.to(device=reference.device, dtype=reference.dtype)
+        nn.Module.to(branch, device=reference.device, dtype=reference.dtype)
+        return branch
 
     def copies(self) -> Iterator[PixArtBlock]:
         """The copied blocks."""

@@ -170,12 +170,12 @@ def join_control(
 
 def guess(names: Mapping[str, object]) -> str:
     """Say what a file that does not fit seems to be."""
+    if any("lora_" in name for name in names):
+        return ": this looks like a LoRA file; load it over a base model"
     if any(name.startswith(("controlnet.", "base_model.")) for name in names):
         return ": this looks like a ControlNet checkpoint; give it as the control branch"
     if any(name.startswith("controlnet_blocks.") for name in names):
         return ": this looks like a control branch; give it as the control branch"
-    if any("lora_" in name for name in names):
-        return ": this looks like a LoRA file; load it over a base model"
     if any(name.startswith(("encoder.", "decoder.", "post_quant_conv")) for name in names):
         return ": this looks like an autoencoder (VAE)"
     shape = getattr(names.get(NULL_CAPTION), "shape", None)

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from polyzoo.core.errors import ConfigError
 from polyzoo.core.log import get_logger
 from polyzoo.pixart_delta.batches import LatentBatch
-from polyzoo.pixart_delta.folders import draw_null, load_null, save_null, save_vae
+from polyzoo.pixart_delta.config import PixArtConfig
+from polyzoo.pixart_delta.data import (
+    FeatureBatch,
+    FeatureFiles,
+    OfficialFeatures,
+    ShardedFeatures,
+    collate_features,
+    latent_batch,
+)
+from polyzoo.pixart_delta.folders import draw_null, load_null, read_json, save_null, save_vae
 from polyzoo.pixart_delta.icons import (
     IconLatents,
     Indices,
@@ -24,7 +33,9 @@ from polyzoo.pixart_delta.icons import (
     load_icons,
     vocabulary,
 )
+from polyzoo.pixart_delta.model import read_diffusers_config
 from polyzoo.pixart_delta.presets import PixArtTrainConfig
+from polyzoo.pixart_delta.sampler import BucketSampler, BucketStream
 from polyzoo.pixart_delta.vae import load_vae
 from polyzoo.pixart_delta.words import WordEncoder
 
@@ -69,8 +80,51 @@ def gather(config: PixArtTrainConfig) -> Material:
     """Read, and where needed encode, what the recipe names."""
     if config.data.icons is not None:
         return _pictures(config) if config.task == "vae" else _icons(config)
-    raise ConfigError(
-        "data: give one of --data.manifest, --data.official and --data.icons"
+    if config.data.manifest is not None:
+        shards = ShardedFeatures(config.data.manifest, bad_limit=config.data.bad_limit)
+        return _features(config, shards, shards.empty())
+    if config.data.official is not None:
+        files = OfficialFeatures(
+            config.data.official,
+            resolution=config.data.resolution,
+            multi_scale=_shape(config).multi_scale,
+            control=config.task == "controlnet",
+            bad_limit=config.data.bad_limit,
+        )
+        return _features(config, files, None)
+    raise ConfigError("data: give one of --data.manifest, --data.official and --data.icons")
+
+
+def _shape(config: PixArtTrainConfig) -> PixArtConfig:
+    if config.start is None:
+        return config.model
+    return read_diffusers_config(read_json(config.start / "transformer" / "config.json"))
+
+
+def _features(config: PixArtTrainConfig, files: FeatureFiles, empty: Tensor | None) -> Material:
+    shape = _shape(config)
+    sampler = BucketSampler(
+        files.keys,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        min_per_bucket=config.data.min_per_bucket,
+        balanced=config.data.balanced,
+    )
+
+    def batch(
+        data: FeatureBatch, frozen: Mapping[str, nn.Module], generator: torch.Generator
+    ) -> LatentBatch:
+        del frozen
+        return latent_batch(data, generator, multi_scale=shape.multi_scale)
+
+    null = load_null(config.start) if config.start is not None else None
+    return Material(
+        dataset=BucketStream(files, sampler),
+        collate=collate_features,
+        count=len(files),
+        batch=batch,
+        null=draw_null(shape, config.train.seed) if null is None else null,
+        empty=empty,
     )
 
 

@@ -44,6 +44,8 @@ class PixArtDataConfig:
     """Unreadable files after which training stops; each is named."""
     min_per_bucket: int = 1
     """Buckets with fewer images are left out."""
+    balanced: bool = False
+    """Draw as many batches of every bucket as of the smallest one."""
 
     def __post_init__(self) -> None:
         """Check that at most one source is given."""

@@ -65,12 +65,14 @@ class VaeRecipe:
 
     edges: float = 1.0
     """Weight of the differences between neighbouring pixels."""
-    kl: float = 1e-4
+    coarse: float = 1.0
+    """Weight of the errors of 4 x 4 and 8 x 8 means: the colours."""
+    kl: float = 3e-5
     """Weight of the divergence from the normal distribution, per latent value."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("edges", "kl"):
+        for name in ("edges", "coarse", "kl"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
 

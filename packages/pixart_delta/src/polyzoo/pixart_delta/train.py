@@ -35,7 +35,7 @@ from polyzoo.pixart_delta.objectives import (
     noise_objective,
 )
 from polyzoo.pixart_delta.presets import PixArtTrainConfig
-from polyzoo.pixart_delta.vae import small_vae, whiten
+from polyzoo.pixart_delta.vae import load_vae, small_vae, whiten
 from polyzoo.pixart_delta.vae_loss import psnr, vae_objective
 from polyzoo.training import StepContext, StepOutput, Trainer, TrainResult
 
@@ -120,6 +120,8 @@ def _train_vae(config: PixArtTrainConfig, material: Material) -> tuple[TrainResu
 
     def build() -> AutoencoderKL:
         vae = small_vae()
+        if config.start is not None and (config.start / "vae").is_dir():
+            vae = load_vae(config.start / "vae").float().train()
         if config.compile:
             vae.encoder.compile()
             vae.decoder.compile()

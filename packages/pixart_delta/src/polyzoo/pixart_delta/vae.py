@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
+from polyzoo.attention import attention
 from polyzoo.core.errors import WeightsError
 from polyzoo.core.weights import load_into, read_weights
 from polyzoo.pixart_delta.config import LATENT_SCALE
@@ -59,6 +61,31 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return vae.decode((latents / LATENT_SCALE).to(vae.dtype), return_dict=False)[0]
 
 
+class MidAttention:
+    """The autoencoder's one attention, through polyzoo.attention (a processor for diffusers)."""
+
+    def __call__(
+        self,
+        layer: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,  # noqa: ARG002 - diffusers' signature
+        attention_mask: Tensor | None = None,  # noqa: ARG002
+        temb: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """`(b, c, H, W)` to the same."""
+        b, c, height, width = hidden_states.shape
+        x = layer.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+        q, k, v = (
+            proj(x).unflatten(2, (layer.heads, -1)).transpose(1, 2)
+            for proj in (layer.to_q, layer.to_k, layer.to_v)
+        )
+        out = layer.to_out[0](attention(q, k, v).transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).reshape(b, c, height, width)
+        if layer.residual_connection:
+            out = out + hidden_states
+        return out / layer.rescale_output_factor
+
+
 def small_vae() -> AutoencoderKL:
     """An untrained autoencoder of 1.6 M parameters, four pixels to a latent pixel, no attention."""
     return AutoencoderKL(
@@ -98,7 +125,7 @@ def whiten(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     post.weight *= factor[None, :, None, None]
 
 
-def load_vae(folder: str | Path) -> AutoencoderKL:
+def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> AutoencoderKL:
     """Read an autoencoder's folder, strictly.
 
     Raises:
@@ -111,5 +138,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{folder}: no .safetensors file; convert a pickled one first")
-    load_into(vae, read_weights(files[0]), source=str(files[0]))
+    load_into(vae, read_weights(files[0], dtype=torch.float32), source=str(files[0]))
+    if dtype is not None:
+        nn.Module.to(vae, dtype)
     return check_vae(vae).eval()

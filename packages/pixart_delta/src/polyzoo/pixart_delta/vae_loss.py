@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from polyzoo.pixart_delta.icons import to_unit
 from polyzoo.pixart_delta.objectives import Objective
@@ -15,7 +16,7 @@ from polyzoo.pixart_delta.recipe import VaeRecipe
 def vae_objective(
     vae: Any, images: Tensor, generator: torch.Generator, recipe: VaeRecipe
 ) -> Objective:
-    """Absolute error of pixels and of their differences, and a little divergence.
+    """Absolute error of pixels, of their differences and means, and a little divergence.
 
     Args:
         vae: An AutoencoderKL in training.
@@ -33,7 +34,8 @@ def vae_objective(
     )
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    loss = pixels + recipe.edges * edges + recipe.kl * kl
+    coarse = sum(F.avg_pool2d(found - images, side).abs().mean() for side in (4, 8))
+    loss = pixels + recipe.edges * edges + recipe.coarse * coarse + recipe.kl * kl
     return Objective(loss, {"pixels": pixels.detach(), "kl": kl.detach()})
 
 

@@ -84,6 +84,16 @@ class WordEncoder(nn.Module):
         return self.vectors.shape[1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors."""
+        return self.vectors.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the vectors are."""
+        return self.vectors.device
+
+    @property
     def end(self) -> Tensor:
         """The vector after the last word; alone it is the empty caption."""
         return torch.ones(self.channels, device=self.vectors.device)

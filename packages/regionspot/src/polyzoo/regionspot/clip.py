@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def build_clip(config: ClipConfig) -> nn.Module:
+def build_clip(config: ClipConfig) -> Any:
     """Build open_clip's model of this name or shape, with random weights.
 
     Raises:
@@ -31,8 +32,9 @@ def build_clip(config: ClipConfig) -> nn.Module:
             f"clip.name={config.name!r}: open_clip has no such model; open_clip.list_models() "
             "names them, such as ViT-B-16-quickgelu or ViT-L-14-336-quickgelu"
         )
-    size = {} if config.image_size is None else {"force_image_size": config.image_size}
-    return open_clip.create_model(config.name, load_weights=False, **size)
+    return open_clip.create_model(
+        config.name, load_weights=False, force_image_size=config.image_size
+    )
 
 
 def _build_shape(shape: ClipShape) -> nn.Module:
@@ -57,13 +59,13 @@ def _build_shape(shape: ClipShape) -> nn.Module:
     )
 
 
-def input_size(clip: nn.Module) -> tuple[int, int]:
+def input_size(clip: Any) -> tuple[int, int]:
     """Height and width the image tower takes."""
     size = clip.visual.image_size
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def map_width(clip: nn.Module) -> int:
+def map_width(clip: Any) -> int:
     """Channels of the feature map."""
     visual = clip.visual
     if _is_vit(visual):
@@ -74,7 +76,7 @@ def map_width(clip: nn.Module) -> int:
         return feature_map(clip, parameter.new_zeros(1, 3, height, width)).shape[-1]
 
 
-def text_width(clip: nn.Module) -> int:
+def text_width(clip: Any) -> int:
     """Channels of the common space."""
     projection = getattr(clip, "text_projection", None)
     if isinstance(projection, nn.Linear):
@@ -87,12 +89,15 @@ def text_width(clip: nn.Module) -> int:
         return clip.encode_text(torch.zeros(1, length, dtype=torch.long, device=device)).shape[-1]
 
 
-def feature_map(clip: nn.Module, pixels: Tensor) -> Tensor:
+def feature_map(
+    clip: Any, pixels: Tensor, *, block: Callable[[Any, Tensor], Tensor] | None = None
+) -> Tensor:
     """Return the last block's tokens, before the last norm and the projection.
 
     Args:
         clip: Any open_clip model.
         pixels: `(b, 3, H, W)`, normalised, of the model's size.
+        block: A compiled `block_forward`.
 
     Returns:
         `(b, m, d)`, the class token first where the tower has one.
@@ -103,12 +108,18 @@ def feature_map(clip: nn.Module, pixels: Tensor) -> Tensor:
     x = visual.conv1(pixels).flatten(2).transpose(1, 2)
     first = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
     x = visual.ln_pre(torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype))
-    for block in visual.transformer.resblocks:
-        x = _block(block, x, causal=False)
+    step = block or block_forward
+    for layer in visual.transformer.resblocks:
+        x = step(layer, x)
     return x
 
 
-def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
+def block_forward(block: Any, x: Tensor) -> Tensor:
+    """Run one block of the image tower on `(b, n, d)`."""
+    return _block(block, x, causal=False)
+
+
+def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """Embed texts, not normalised; padding behind the longest of them is not computed.
 
     Args:
@@ -118,28 +129,29 @@ def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
     from open_clip.model import CLIP
 
     plain = (
-        isinstance(clip, CLIP)
+        type(clip) is CLIP
         and clip.text_pool_type == "argmax"
         and clip.attn_mask is not None
         and all(_is_plain(block) for block in clip.transformer.resblocks)
     )
     if not plain:
         return clip.encode_text(tokens)
+    tower: Any = clip
     ends = tokens.argmax(1)
     length = int(ends.max()) + 1
-    dtype = clip.transformer.get_cast_dtype()
-    x = clip.token_embedding(tokens[:, :length]).to(dtype)
-    x = x + clip.positional_embedding[:length].to(dtype)
-    for block in clip.transformer.resblocks:
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens[:, :length]).to(dtype)
+    x = x + tower.positional_embedding[:length].to(dtype)
+    for block in tower.transformer.resblocks:
         x = _block(block, x, causal=True)
-    x = clip.ln_final(x)[torch.arange(len(x), device=x.device), ends]
-    projection = clip.text_projection
+    x = tower.ln_final(x)[torch.arange(len(x), device=x.device), ends]
+    projection = tower.text_projection
     if projection is None:
         return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
-def uses_quick_gelu(clip: nn.Module) -> bool | None:
+def uses_quick_gelu(clip: Any) -> bool | None:
     """Tell whether the towers use QuickGELU; None where they are of another kind."""
     from open_clip.transformer import QuickGELU
 
@@ -168,7 +180,7 @@ def resize_positions(table: Tensor, side: int, *, antialias: bool = False) -> Te
     return torch.cat([first, picture.flatten(2)[0].T.to(table.dtype)])
 
 
-def _is_vit(visual: nn.Module) -> bool:
+def _is_vit(visual: Any) -> bool:
     from open_clip.transformer import VisionTransformer
 
     return (
@@ -200,7 +212,7 @@ def _attend(layer: nn.MultiheadAttention, x: Tensor, *, causal: bool) -> Tensor:
     return layer.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def _other_map(visual: nn.Module, pixels: Tensor) -> Tensor:
+def _other_map(visual: Any, pixels: Tensor) -> Tensor:
     """Tokens of towers that open_clip takes from elsewhere; their attention is their own."""
     out = visual.forward_intermediates(
         pixels, indices=1, normalize_intermediates=False, intermediates_only=True,

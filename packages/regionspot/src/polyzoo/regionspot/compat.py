@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def repeat_rows(rows: Tensor, count: int) -> Tensor:
-    """Repeat `(k, ...)` rows to `count`: the last ones get a copy more where k does not divide it."""
+    """Repeat `(k, ...)` rows to `count`; the last get a copy more where k does not divide it."""
     copies, more = divmod(count, len(rows))
     each = [copies + (place >= len(rows) - more) for place in range(len(rows))]
     return rows.repeat_interleave(torch.tensor(each, device=rows.device), 0)

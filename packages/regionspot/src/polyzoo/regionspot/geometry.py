@@ -35,7 +35,9 @@ class SamFrame(NamedTuple):
 def sam_frame(height: int, width: int, side: int) -> SamFrame:
     """Return the frame in which the longer side is `side`."""
     scale = side / max(height, width)
-    return SamFrame(height, width, max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+    return SamFrame(
+        height, width, max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    )
 
 
 def sam_pixels(image: Image.Image, frame: SamFrame) -> Tensor:

@@ -60,9 +60,7 @@ class SameConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve."""
         if self.stride == 1:
-            return F.conv2d(
-                x, self.weight, self.bias, padding=self.kernel // 2, groups=self.groups
-            )
+            return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         down, across = (
             max((-(-size // self.stride) - 1) * self.stride + self.kernel - size, 0)
             for size in x.shape[-2:]
@@ -104,9 +102,12 @@ class Lite0(nn.Module):
             for place in range(blocks):
                 parts.append(
                     Block(
-                        inside, channels, kernel=kernel, stride=1 if place else stride,
+                        inside,
+                        channels,
+                        kernel=kernel,
+                        stride=1 if place else stride,
                         expansion=expansion,
-                    )  # fmt: skip
+                    )
                 )
                 inside = channels
             stages.append(nn.Sequential(*parts))

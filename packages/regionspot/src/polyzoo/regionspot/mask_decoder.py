@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyzoo.attention import attention
-
-if TYPE_CHECKING:
-    from segment_anything.modeling import MaskDecoder
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Decoded:
 
 
 def decode(
-    decoder: MaskDecoder,
+    decoder: Any,
     image: Tensor,
     positions: Tensor,
     sparse: Tensor,
@@ -79,7 +76,7 @@ def decode(
 
 
 def _two_way(
-    transformer: nn.Module, tokens: Tensor, keys: Tensor, places: Tensor
+    transformer: Any, tokens: Tensor, keys: Tensor, places: Tensor
 ) -> tuple[Tensor, Tensor]:
     queries = tokens
     for layer in transformer.layers:
@@ -101,7 +98,7 @@ def _two_way(
     return transformer.norm_final_attn(queries + found), keys
 
 
-def _attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(layer: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend; a side that all regions share has batch 1 and is projected once."""
     heads = layer.num_heads
     q, k, v = (
@@ -118,7 +115,7 @@ def _attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return layer.out_proj(out.transpose(1, 2).flatten(2))
 
 
-def _nothing(decoder: MaskDecoder, image: Tensor, masks: bool) -> Decoded:
+def _nothing(decoder: Any, image: Tensor, masks: bool) -> Decoded:
     count, side = decoder.num_mask_tokens, 4 * image.shape[-1]
     return Decoded(
         image.new_zeros(0, count, image.shape[1]),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ class RegionSpot(nn.Module):
         """Build it with random weights."""
         super().__init__()
         self.config = config
+        # Modules of others: their attributes are not typed.
+        self.sam: Any
+        self.clip: Any
         self.sam = sams.build_sam(config.sam)
         self.clip = clips.build_clip(config.clip)
         self.integration = Integration(
@@ -35,7 +39,14 @@ class RegionSpot(nn.Module):
             clips.text_width(self.clip),
             config.integration,
         )
+        self._sam_block: sams.BlockForward | None = None
+        self._clip_block: Any = None
         self.freeze()
+
+    def compile_blocks(self) -> None:
+        """Compile one block of each image tower; all its blocks share the compiled code."""
+        self._sam_block = torch.compile(sams.block_forward, dynamic=False)
+        self._clip_block = torch.compile(clips.block_forward, dynamic=False)
 
     def freeze(self) -> None:
         """Leave gradients to the integration module alone."""
@@ -49,12 +60,35 @@ class RegionSpot(nn.Module):
         self.clip.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast; what half precision would spoil stays in fp32."""
+        kept = {
+            (module, name): getattr(module, name).detach().clone()
+            for module, name in (
+                (self.sam.prompt_encoder.pe_layer, "positional_encoding_gaussian_matrix"),
+                (self.sam, "pixel_mean"),
+                (self.sam, "pixel_std"),
+                (self.clip, "logit_scale"),
+            )
+        }
+        super()._apply(fn, recurse)
+        for (module, name), value in kept.items():
+            tensor = getattr(module, name)
+            if not tensor.is_meta:
+                tensor.data = value.to(tensor.device)
+        return self
+
     def image_embedding(self, images: Tensor) -> Tensor:
         """Return SAM's embedding of `(b, 3, H, W)` pixels, 0 to 255, longer side its input."""
+        return self.encode_pixels(sams.preprocess(self.sam, images.float()))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Return SAM's embedding of normalised and padded `(b, 3, S, S)` images."""
         with torch.no_grad():
-            pixels = sams.preprocess(self.sam, images.float())
             weight = self.sam.image_encoder.patch_embed.proj.weight
-            return sams.encode_image(self.sam.image_encoder, pixels.to(weight.dtype))
+            return sams.encode_image(
+                self.sam.image_encoder, pixels.to(weight.dtype), block=self._sam_block
+            )
 
     def decode(
         self,
@@ -94,9 +128,13 @@ class RegionSpot(nn.Module):
                 )
                 parts.append(
                     decode(
-                        self.sam.mask_decoder, embedding[None], positions, sparse, dense,
+                        self.sam.mask_decoder,
+                        embedding[None],
+                        positions,
+                        sparse,
+                        dense,
                         masks=want_masks,
-                    )  # fmt: skip
+                    )
                 )
         return _joined(parts)
 
@@ -104,7 +142,7 @@ class RegionSpot(nn.Module):
         """Return CLIP's tokens `(b, m, d)` of normalised, squashed images `(b, 3, S, S)`."""
         with torch.no_grad():
             weight = next(self.clip.visual.parameters())
-            return clips.feature_map(self.clip, pixels.to(weight.dtype))
+            return clips.feature_map(self.clip, pixels.to(weight.dtype), block=self._clip_block)
 
     def forward(self, tokens: Tensor, memory: Tensor, present: Tensor | None = None) -> Tensor:
         """Return region embeddings `(b, k, t)`, not normalised; see `Integration`."""

@@ -25,6 +25,9 @@ class SceneRecipe:
 
     material: Path | None = None
     """Folder of `polyzoo regionspot prepare`."""
+    bank: int | None = None
+    """Compose so many scenes once and train on them again and again: for a CPU, where the frozen
+    tower takes most of a step. New scenes in every step where not given."""
     photos_per_step: int = 12
     """Unlabelled photographs beside the scenes of a step."""
     boxes_per_photo: int = 8
@@ -58,6 +61,10 @@ class PaperRecipe:
 
     cache: Path | None = None
     """Folder of `polyzoo regionspot cache`: region tokens and small images."""
+    annotations: Path | None = None
+    """COCO-style JSON, to train without a cache: SAM then runs in every step."""
+    images: Path | None = None
+    """Folder of its images."""
     sam_weights: Path | None = None
     """SAM's weights as safetensors; random where not given."""
     clip_weights: Path | None = None
@@ -138,7 +145,7 @@ def scenes() -> RegionSpotTrainConfig:
             schedule=ScheduleConfig(kind="cosine", warmup_steps=200, final_fraction=0.02),
             checkpoint=CheckpointConfig(every=500, keep_last=1),
             ema=EmaConfig(decay=0.999),
-            eval_every=500,
+            eval_every=1500,
             log=LogConfig(every=50, plots=False),
             data=DataConfig(drop_last=True),
         ),

@@ -7,8 +7,9 @@ without an n x m matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ from polyzoo.attention import DecomposedBias, attention
 from polyzoo.regionspot.config import SamConfig
 
 if TYPE_CHECKING:
-    from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam
+    from segment_anything.modeling import Sam
 
+BlockForward = Callable[[Any, Tensor], Tensor]
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -73,19 +75,20 @@ def build_sam(config: SamConfig) -> Sam:
     )
 
 
-def preprocess(sam: Sam, image: Tensor) -> Tensor:
+def preprocess(sam: Any, image: Tensor) -> Tensor:
     """Normalise `(c, H, W)` or `(b, c, H, W)` pixels of 0 to 255 and pad right and bottom."""
     normal = (image - sam.pixel_mean) / sam.pixel_std
     side = sam.image_encoder.img_size
     return F.pad(normal, (0, side - image.shape[-1], 0, side - image.shape[-2]))
 
 
-def encode_image(encoder: ImageEncoderViT, pixels: Tensor) -> Tensor:
+def encode_image(encoder: Any, pixels: Tensor, *, block: BlockForward | None = None) -> Tensor:
     """Return the image embedding.
 
     Args:
         encoder: `sam.image_encoder`.
         pixels: `(b, 3, S, S)`, normalised and padded.
+        block: A compiled `block_forward`.
 
     Returns:
         `(b, c, S / patch, S / patch)`.
@@ -93,13 +96,14 @@ def encode_image(encoder: ImageEncoderViT, pixels: Tensor) -> Tensor:
     x = encoder.patch_embed(pixels)
     if encoder.pos_embed is not None:
         x = x + encoder.pos_embed
-    for block in encoder.blocks:
-        x = _block(block, x)
+    step = block or block_forward
+    for layer in encoder.blocks:
+        x = step(layer, x)
     return encoder.neck(x.permute(0, 3, 1, 2))
 
 
 def encode_prompts(
-    encoder: PromptEncoder,
+    encoder: Any,
     *,
     boxes: Tensor | None = None,
     points: Tensor | None = None,
@@ -130,14 +134,16 @@ def encode_prompts(
         kinds = torch.stack([encoder.point_embeddings[i].weight[0] for i in (2, 3)])
         parts.append(corners + kinds.to(corners.dtype))
     weight = encoder.no_mask_embed.weight
-    sparse = torch.cat(parts, 1).to(weight.dtype) if parts else weight.new_zeros(1, 0, weight.shape[1])
+    sparse = (
+        torch.cat(parts, 1).to(weight.dtype) if parts else weight.new_zeros(1, 0, weight.shape[1])
+    )
     if masks is not None:
         return sparse, encoder.mask_downscaling(masks.to(weight.dtype))
     height, width = encoder.image_embedding_size
     return sparse, weight.reshape(1, -1, 1, 1).expand(1, -1, height, width)
 
 
-def _embed_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Tensor:
+def _embed_points(encoder: Any, points: Tensor, labels: Tensor) -> Tensor:
     found = _positions(encoder, points)
     nothing = encoder.not_a_point_embed.weight.to(found.dtype)
     kinds = [encoder.point_embeddings[i].weight.to(found.dtype) for i in (0, 1)]
@@ -148,17 +154,20 @@ def _embed_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Ten
     return found
 
 
-def _positions(encoder: PromptEncoder, points: Tensor) -> Tensor:
+def _positions(encoder: Any, points: Tensor) -> Tensor:
     """Random Fourier features of pixel centres, in fp32 whatever the model's dtype."""
     with torch.autocast(points.device.type, enabled=False):
         height, width = encoder.input_image_size
-        size = points.new_tensor([width, height], dtype=torch.float32)
+        x, y = (points.float() + 0.5).unbind(-1)
+        # No tensor is made from Python numbers here: a CUDA graph could not record the copy.
+        shares = torch.stack([x / width, y / height], -1)
         matrix = encoder.pe_layer.positional_encoding_gaussian_matrix.float()
-        angle = 2 * torch.pi * ((2 * ((points.float() + 0.5) / size) - 1) @ matrix)
+        angle = 2 * torch.pi * ((2 * shares - 1) @ matrix)
         return torch.cat([angle.sin(), angle.cos()], -1)
 
 
-def _block(block: nn.Module, x: Tensor) -> Tensor:
+def block_forward(block: Any, x: Tensor) -> Tensor:
+    """Run one block of the image encoder on `(b, H, W, c)`."""
     shortcut = x
     x = block.norm1(x)
     size = block.window_size
@@ -172,7 +181,7 @@ def _block(block: nn.Module, x: Tensor) -> Tensor:
     return x + block.mlp(block.norm2(x))
 
 
-def _attend(layer: nn.Module, x: Tensor) -> Tensor:
+def _attend(layer: Any, x: Tensor) -> Tensor:
     b, height, width, channels = x.shape
     heads = layer.num_heads
     qkv = layer.qkv(x).view(b, height * width, 3, heads, channels // heads)
@@ -180,15 +189,19 @@ def _attend(layer: nn.Module, x: Tensor) -> Tensor:
     bias = None
     if layer.use_rel_pos:
         grid = q.unflatten(2, (height, width))
-        rows = torch.einsum("bnhwc,hkc->bnhwk", grid, _relative(layer.rel_pos_h, height).to(q.dtype))
-        columns = torch.einsum("bnhwc,wkc->bnhwk", grid, _relative(layer.rel_pos_w, width).to(q.dtype))
+        rows = torch.einsum(
+            "bnhwc,hkc->bnhwk", grid, _relative(layer.rel_pos_h, height).to(q.dtype)
+        )
+        columns = torch.einsum(
+            "bnhwc,wkc->bnhwk", grid, _relative(layer.rel_pos_w, width).to(q.dtype)
+        )
         bias = DecomposedBias(rows.flatten(2, 3), columns.flatten(2, 3))
     out = attention(q, k, v, bias=bias)
     return layer.proj(out.transpose(1, 2).reshape(b, height, width, channels))
 
 
 def _relative(table: Tensor, size: int) -> Tensor:
-    """Position vectors `(query, key, channel)` of one axis; a table of another size is resampled."""
+    """Position vectors `(query, key, channel)` of one axis; other table sizes are resampled."""
     if table.shape[0] != 2 * size - 1:
         resized = F.interpolate(table.T[None], size=2 * size - 1, mode="linear")
         table = resized[0].T

@@ -118,9 +118,7 @@ def place_loss(center: Tensor, sides: Tensor, wanted: Places, ignored: Tensor) -
     each = focal_loss(center, wanted.center, alpha=0.5)
     counted = wanted.inside | ~ignored
     middles = (each * counted).sum() / wanted.inside.sum().clamp(min=1)
-    found, truth = (
-        t.permute(0, 2, 3, 1)[wanted.inside].float() for t in (sides, wanted.sides)
-    )
+    found, truth = (t.permute(0, 2, 3, 1)[wanted.inside].float() for t in (sides, wanted.sides))
     area = (found[:, 0] + found[:, 2]) * (found[:, 1] + found[:, 3])
     true_area = (truth[:, 0] + truth[:, 2]) * (truth[:, 1] + truth[:, 3])
     least, most = torch.minimum(found, truth), torch.maximum(found, truth)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polyzoo.core.errors import DataError
 from polyzoo.core.weights import read_metadata, read_weights
+from polyzoo.regionspot.words import FILE_NAME as WORDS
 
 CUTOUTS, BACKGROUNDS = "cutouts.zip", "backgrounds.zip"
 NAMES, SALIENCY, TOWER = "names.safetensors", "saliency.safetensors", "lite0.safetensors"
@@ -73,9 +74,7 @@ class SceneMaterial:
                 "saliency", "photo_names",
             )
         }  # fmt: skip
-        others = {
-            name: getattr(self, name) for name in ("names", "tower", "photos", "few")
-        }
+        others = {name: getattr(self, name) for name in ("names", "tower", "photos", "few")}
         return SceneMaterial(**moved, **others)
 
 
@@ -86,7 +85,7 @@ def read_material(folder: str | Path) -> SceneMaterial:
         DataError: A file is missing or damaged.
     """
     folder = Path(folder)
-    for name in (CUTOUTS, BACKGROUNDS, NAMES, SALIENCY, TOWER):
+    for name in (CUTOUTS, BACKGROUNDS, NAMES, SALIENCY, TOWER, WORDS):
         if not (folder / name).is_file():
             raise DataError(
                 f"{folder / name}: no such file; make the folder with: polyzoo regionspot prepare "

@@ -109,8 +109,15 @@ class SceneSpot(nn.Module):
         Args:
             images: `(b, 3, H, W)` of 0..1, sides multiples of 32.
         """
-        with torch.no_grad():
-            pyramid = self.tower(images.contiguous(memory_format=torch.channels_last))
+        return self.read(self.look(images))
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> lite0.Pyramid:
+        """Run the frozen tower."""
+        return self.tower(images.contiguous(memory_format=torch.channels_last))
+
+    def read(self, pyramid: lite0.Pyramid) -> SceneMaps:
+        """Make the maps that are asked about boxes out of the frozen tower's."""
         size = pyramid.fine.shape[-2:]
         middle = F.interpolate(self.middle(pyramid.middle), size, mode="bilinear")
         coarse = F.interpolate(self.coarse(pyramid.coarse), size, mode="bilinear")
@@ -118,7 +125,8 @@ class SceneSpot(nn.Module):
         pixels = pixels + self.smooth(pixels.relu())
         found = self.proposal(pixels.relu())
         memory = self.memory(pyramid.coarse.flatten(2).transpose(1, 2))
-        memory = memory + _grid_positions(*pyramid.coarse.shape[-2:], memory)
+        height, width = pyramid.coarse.shape[-2:]
+        memory = memory + _grid_positions(height, width, memory)
         return SceneMaps(
             pyramid=pyramid,
             pixels=pixels,

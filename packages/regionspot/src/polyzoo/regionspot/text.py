@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,7 @@ class TextClassifier:
         )
 
 
-def class_vectors(
-    clip: nn.Module, tokens: Tensor, *, batch: int = 1024
-) -> Tensor:
+def class_vectors(clip: Any, tokens: Tensor, *, batch: int = 1024) -> Tensor:
     """Average over templates, then scale to length 1 (the published order of the two).
 
     Args:
@@ -103,7 +102,7 @@ def class_vectors(
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return a hash of names, shapes and a sample of every weight: quick, and tells models apart."""
+    """Return a hash of names, shapes and a sample of every weight."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().flatten()
@@ -113,7 +112,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def text_source(clip: nn.Module, kind: str, cleaning: Names) -> str:
+def text_source(clip: Any, kind: str, cleaning: Names) -> str:
     """Return the fingerprint of a text tower with its templates and name cleaning."""
     parts = [fingerprint(clip), kind, cleaning, *templates(kind)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -121,7 +120,7 @@ def text_source(clip: nn.Module, kind: str, cleaning: Names) -> str:
 
 @torch.no_grad()
 def build_classifier(
-    clip: nn.Module,
+    clip: Any,
     tokenize: Tokenize,
     names: str | Sequence[str],
     *,

@@ -69,22 +69,25 @@ def beside(images: Tensor, *, generator: torch.Generator, share: float) -> Tenso
     """Put another picture of the batch, at half size, into a corner of some: (b, S, S, 4)."""
     b, side = len(images), images.shape[1]
     half = side // 2
-    order = torch.randperm(b, generator=generator, device=images.device)
+    order = torch.rand(b, generator=generator, device=images.device).argsort()
     small = F.interpolate(
         images[order].permute(0, 3, 1, 2).float(), size=(half, half), mode="area"
     ).permute(0, 2, 3, 1)
-    mixed = images.float().clone()
-    corners = torch.randint(0, 4, (b,), generator=generator, device=images.device)
-    for corner in range(4):
-        row, column = (corner // 2) * (side - half), (corner % 2) * (side - half)
-        chosen = corners == corner
-        patch = mixed[chosen, row : row + half, column : column + half]
-        alpha = small[chosen][..., 3:] / 255
-        mixed[chosen, row : row + half, column : column + half] = small[chosen] * alpha + patch * (
-            1 - alpha
-        )
+    corners = torch.randint(0, 4, (b, 1, 1, 1), generator=generator, device=images.device)
     keep = torch.rand(b, 1, 1, 1, generator=generator, device=images.device) >= share
-    return torch.where(keep, images.float(), mixed).round().to(torch.uint8)
+    corners = torch.where(keep, -1, corners)
+    rest = side - half
+    over = torch.zeros(images.shape, device=images.device)
+    # Chosen by masks, not by indices: those would make the host wait for the device.
+    for corner in range(4):
+        row, column = (corner // 2) * rest, (corner % 2) * rest
+        placed = F.pad(small, (0, 0, column, rest - column, row, rest - row))
+        over = torch.where(corners == corner, placed, over)
+    alpha = over[..., 3:] / 255
+    mixed = images.float()
+    colour = over[..., :3] * alpha + mixed[..., :3] * (1 - alpha)
+    cover = over[..., 3:] + mixed[..., 3:] * (1 - alpha)
+    return torch.cat((colour, cover), -1).round().to(torch.uint8)
 
 
 def _transforms(b: int, ranges: _Ranges, generator: torch.Generator) -> Tensor:

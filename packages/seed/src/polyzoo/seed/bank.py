@@ -48,6 +48,10 @@ class ImageBank:
     """(n,) number of a coarser class, or -1."""
     keys: tuple[str, ...]
     """Identifier of each picture."""
+    prompts: tuple[tuple[str, ...], ...] = ()
+    """Further texts to draw each picture from, such as sentences; empty where there are none."""
+    labelled: bool = False
+    """Whether `meaning_texts` begin with the concept's name (icon packs)."""
     failed: tuple[str, ...] = ()
     """What could not be read, and why."""
 
@@ -92,6 +96,8 @@ class ImageBank:
             meanings=np.array([concepts[record.concept] for record in records]),
             groups=np.array([-1 if r.group is None else r.group for r in records]),
             keys=tuple(record.id for record in records),
+            prompts=tuple(_sentences(record.label, record.style) for record in records),
+            labelled=True,
         )
 
     @classmethod
@@ -149,6 +155,10 @@ class ImageBank:
             failed=tuple(failed),
         )
 
+    def pool_text(self, row: int) -> str:
+        """Return the text a picture's concept is looked for with."""
+        return self.meaning_texts[row].partition(",")[0] if self.labelled else self.captions[row][0]
+
     def texts(self) -> list[str]:
         """Return every caption once, in order of appearance."""
         return list(dict.fromkeys(text for texts in self.captions for text in texts))
@@ -202,3 +212,17 @@ def _pack_captions(record: IconRecord, count: int) -> tuple[str, ...]:
     plain = prompt(record.label, record.style)
     texts = [plain, *(caption(record, draws) for _ in range(3 * count))]
     return tuple(dict.fromkeys(texts))[:count]
+
+
+def _sentences(label: str, style: str) -> tuple[str, ...]:
+    """Other ways to ask for a picture than its caption."""
+    from polyzoo.core.icons.captions import STYLE_WORDS
+
+    word = STYLE_WORDS[style]
+    article = "an" if label[:1].lower() in "aeiou" else "a"
+    return (
+        label,
+        f"{article} {label}",
+        f"{label} in {word} style",
+        f"{'an' if word[:1] in 'aeiou' else 'a'} {word} picture of {article} {label}",
+    )

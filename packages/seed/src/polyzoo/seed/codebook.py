@@ -24,6 +24,7 @@ class CodebookCare(nn.Module):
     def __init__(self, codes: int, config: CodebookConfig) -> None:
         super().__init__()
         self.config = config
+        self._begun = False
         self.register_buffer("counts", torch.ones(codes))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("restarted", torch.zeros((), dtype=torch.int64))
@@ -34,9 +35,12 @@ class CodebookCare(nn.Module):
     @torch.no_grad()
     def before(self, codebook: Tensor, z: Tensor, *, generator: torch.Generator) -> None:
         """Fill the codebook from encoder outputs (..., d) where this is the first batch."""
+        if self._begun:  # on the host: asking the buffer would wait for the device at every step
+            return
         if self.config.start == "data" and not bool(self.started):
             codebook.copy_(_sample(z, len(codebook), generator, jitter=0.02))
         self.started.fill_(True)
+        self._begun = True
 
     @torch.no_grad()
     def after(

@@ -28,8 +28,20 @@ class CaptionSamples:
         captions: Sequence[Sequence[str]],
         builder: SampleBuilder,
         config: LanguageDataConfig,
+        *,
+        prompts: Sequence[Sequence[str]] = (),
     ) -> None:
+        """Keep what samples are made of.
+
+        Args:
+            codes: (pictures, views, tokens); any view is told, the first is drawn.
+            captions: Texts of each picture.
+            builder: Makes the samples.
+            config: Shares and limits.
+            prompts: Further texts that pictures are drawn from, but not told with.
+        """
         self.codes, self.captions, self.builder, self.config = codes, captions, builder, config
+        self.prompts = prompts
         self.plain = _paragraphs(config.text) if config.text is not None else []
         # The same captions come again and again: tokenise each once.
         builder.text = lru_cache(maxsize=200_000)(builder.text)  # pyright: ignore[reportAttributeAccessIssue]
@@ -40,11 +52,16 @@ class CaptionSamples:
     def __getitem__(self, index: int) -> Sample:
         if self.plain and random.random() < self.config.text_share:  # noqa: S311
             return self.builder.plain(random.choice(self.plain))  # noqa: S311
-        caption = random.choice(self.captions[index])  # noqa: S311
+        told = random.random() >= self.config.draw  # noqa: S311
+        texts = list(self.captions[index])
+        if not told and self.prompts:
+            texts += self.prompts[index]
+        views = self.codes[index]
+        codes = random.choice(views) if told else views[0]  # noqa: S311
         return self.builder.caption(
-            self.codes[index].tolist(),
-            caption,
-            image_first=random.random() >= self.config.draw,  # noqa: S311
+            codes.tolist(),
+            random.choice(texts),  # noqa: S311
+            image_first=told,
             mask_left=self.config.mask_left,
         )
 

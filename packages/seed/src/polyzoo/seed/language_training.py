@@ -88,8 +88,14 @@ def prepare(config: LanguageTrainConfig) -> LanguageParts:
         train: Any = RecordSamples(config.data.records, builder, config.data)
         return LanguageParts(_adapted(config, language), train, None, collate, before)
     bank = _bank(config, shape.vision.image_size, "train")
-    codes = _codes(config, pipeline, bank)
-    train = CaptionSamples(codes, bank.captions, builder, config.data)
+    codes = _codes(config, pipeline, bank)[:, None]
+    if config.data.views > 1 and config.data.tokens is None:
+        moved = [
+            pipeline.encode_bank(bank, moved=config.train.seed + view)[:, None]
+            for view in range(1, config.data.views)
+        ]
+        codes = np.concatenate([codes, *moved], axis=1)
+    train = CaptionSamples(codes, bank.captions, builder, config.data, prompts=bank.prompts)
     valid = None
     if config.data.pack is not None:
         other = _bank(config, shape.vision.image_size, "val")

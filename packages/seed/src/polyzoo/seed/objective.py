@@ -170,7 +170,8 @@ class DecoderStage(_Stage):
     def forward(self, rgb: Tensor, *, generator: torch.Generator) -> Losses:
         """Return the flow's loss on pictures (b, 3, S, S) in 0 to 1."""
         size = self.decoder.config.size
-        with torch.no_grad():
+        # In fp32, as they will be written: rounding in the tower would change some codes.
+        with torch.no_grad(), torch.autocast(rgb.device.type, enabled=False):
             context = self.model.context_of(self.model.encode(normalise(rgb, self.model)))
             if rgb.shape[-1] != size:
                 rgb = F.interpolate(rgb, size=(size, size), mode="area")

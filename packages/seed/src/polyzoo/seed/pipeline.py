@@ -23,7 +23,7 @@ from polyzoo.seed.decoder import draw as draw_pictures
 from polyzoo.seed.folders import LANGUAGE, SeedParts, find_folder, load_parts
 from polyzoo.seed.language import Language, load_language
 from polyzoo.seed.objective import normalise
-from polyzoo.seed.preprocessing import Picture, check_pixels, to_pixels
+from polyzoo.seed.preprocessing import Picture, check_pixels, from_bytes, to_pixels
 from polyzoo.seed.quantizer import check_codes
 
 _log = get_logger(__name__)
@@ -135,28 +135,49 @@ class SeedPipeline:
             DataError: Wrong rank, channels, size, dtype or range.
         """
         check_pixels(pixels, self.config)
+        return self._halving(pixels).cpu().numpy()
+
+    def encode_bytes(self, values: Tensor) -> Tensor:
+        """Return codes (b, n), still on the device, of uint8 pictures (b, S, S, 3)."""
+        moved = values.to(self.device, non_blocking=True)
+        return self._halving(from_bytes(moved, self.config))
+
+    def _halving(self, pixels: Tensor) -> Tensor:
+        """Encode; where memory runs out, in two halves, once."""
         try:
             return self._encode(pixels)
         except torch.OutOfMemoryError:
             if len(pixels) == 1:
                 raise
             _log.warning("out of memory with %d pictures; halving the batch once", len(pixels))
-            torch.cuda.empty_cache()
-            half = len(pixels) // 2
-            return np.concatenate([self._encode(pixels[:half]), self._encode(pixels[half:])])
+        torch.cuda.empty_cache()
+        half = len(pixels) // 2
+        return torch.cat([self._encode(pixels[:half]), self._encode(pixels[half:])])
 
     @torch.no_grad()
-    def _encode(self, pixels: Tensor) -> NDArray[np.int64]:
-        moved = pixels.to(self.device, self.dtype, non_blocking=True)
-        return self.model.encode(moved).cpu().numpy()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.model.encode(pixels.to(self.device, self.dtype, non_blocking=True))
 
     @torch.no_grad()
-    def encode_bank(self, bank: ImageBank, *, batch_size: int = 256) -> NDArray[np.int64]:
-        """Return codes (n, tokens) of a bank's pictures, laid on white."""
+    def encode_bank(
+        self, bank: ImageBank, *, batch_size: int = 256, moved: int | None = None
+    ) -> NDArray[np.int64]:
+        """Return codes (n, tokens) of a bank's pictures, laid on white.
+
+        Args:
+            bank: The pictures.
+            batch_size: At a time.
+            moved: Seed of a slight move and tint of each; None leaves them as they are.
+        """
         found = []
+        generator = torch.Generator(self.device)
         for start in range(0, len(bank), batch_size):
             rgb = self.bank_rgb(bank, slice(start, start + batch_size))
-            found.append(self._encode(normalise(rgb, self.model)))
+            if moved is not None:
+                images = torch.from_numpy(bank.images[start : start + batch_size])
+                generator.manual_seed((moved << 32) + start)
+                rgb = views(images.to(self.device), strength="light", generator=generator)
+            found.append(self._encode(normalise(rgb, self.model)).cpu().numpy())
         return np.concatenate(found)
 
     def bank_rgb(self, bank: ImageBank, rows: slice | list[int]) -> Tensor:

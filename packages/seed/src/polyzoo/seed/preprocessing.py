@@ -32,14 +32,23 @@ def to_pixels(picture: Any, config: SeedConfig) -> Tensor:
         return check_pixels(picture[None] if picture.ndim == 3 else picture, config)[0]
     if isinstance(picture, np.ndarray):
         picture = _from_array(picture)
-    image = open_image(picture)
+    values = np.asarray(square(open_image(picture), config), dtype=np.uint8)
+    return from_bytes(torch.from_numpy(values.copy())[None], config)[0]
+
+
+def square(image: Image.Image, config: SeedConfig) -> Image.Image:
+    """Return an RGB picture resized to the tower's square."""
     size = config.vision.image_size
-    if image.size != (size, size):
-        image = image.resize((size, size), _FILTERS[config.preprocess.resample])
-    values = torch.from_numpy(np.asarray(image, dtype=np.uint8).copy()).permute(2, 0, 1).float()
-    mean = torch.tensor(config.preprocess.mean).view(3, 1, 1)
-    std = torch.tensor(config.preprocess.std).view(3, 1, 1)
-    return (values / 255 - mean) / std
+    if image.size == (size, size):
+        return image
+    return image.resize((size, size), _FILTERS[config.preprocess.resample])
+
+
+def from_bytes(values: Tensor, config: SeedConfig) -> Tensor:
+    """Return normalised (b, 3, S, S) fp32 of uint8 (b, S, S, 3), on the device they are on."""
+    mean = torch.tensor(config.preprocess.mean, device=values.device).view(3, 1, 1)
+    std = torch.tensor(config.preprocess.std, device=values.device).view(3, 1, 1)
+    return (values.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def check_pixels(pixels: Tensor, config: SeedConfig) -> Tensor:

@@ -174,6 +174,8 @@ class LanguageDataConfig:
     """Share of samples drawn from it."""
     draw: float = 0.5
     """Share of captions whose image comes second: text to image."""
+    views: int = 1
+    """Slightly moved views of each picture whose codes are told; pack and pairs only."""
     mask_left: bool = True
     """Count only the second half of a caption sample; the published pretraining counts all."""
     max_length: int = 96
@@ -188,6 +190,8 @@ class LanguageDataConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
         if self.text_share and self.text is None:
             raise ConfigError(f"text_share={self.text_share} needs text, a file of plain text")
+        if self.views < 1:
+            raise ConfigError(f"views={self.views} must be at least 1")
         if self.max_length < 8:
             raise ConfigError(f"max_length={self.max_length} must be at least 8")
 
@@ -406,7 +410,7 @@ def small_language() -> LanguageTrainConfig:
     """The embedded language model: 3 layers, 1.5 M parameters, 2 minutes on one H100."""
     return LanguageTrainConfig(
         out=Path("models/seed-language"),
-        data=LanguageDataConfig(max_length=64),
+        data=LanguageDataConfig(max_length=64, views=6),
         int8=True,
         train=replace(
             _run("language", steps=8000, batch=256, lr=2e-3, decay=0.05),
@@ -422,7 +426,7 @@ def smollm2() -> LanguageTrainConfig:
         out=Path("models/seed-smollm2"),
         base="smollm2-135m",
         adapters=AdapterConfig(),
-        data=LanguageDataConfig(max_length=80),
+        data=LanguageDataConfig(max_length=80, views=6),
         train=replace(
             _run("smollm2", steps=1500, batch=64, lr=1e-3, decay=0.0),
             data=DataConfig(drop_last=True, workers=6),

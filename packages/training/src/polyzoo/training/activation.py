@@ -46,9 +46,7 @@ def recomputing(
             del module.forward
 
 
-def _recomputed(
-    forward: Callable[..., Any], reentrant: bool, *arguments: Any, **named: Any
-) -> Any:
+def _recomputed(forward: Callable[..., Any], reentrant: bool, *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
     if reentrant:

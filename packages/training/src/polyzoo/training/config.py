@@ -202,6 +202,9 @@ class TierConfig:
     """Share of the optimizer kept on the GPU by zero3-opt-cpu and zero3-cpu, where it has room."""
     host_optimizer: Literal["fused", "deepspeed"] = "fused"
     """AdamW of the offloaded strategies: ours, one pass over memory, or DeepSpeed's CPUAdam."""
+    overlap: bool = True
+    """zero3-cpu with the fused step: begin the next forward pass while later layers are still being
+    updated; each layer waits for its own. Same numbers."""
     host_threads: int | None = None
     """Threads of the host's optimizer step; by default the cores of the process's share."""
     sub_group_size: int | None = None

@@ -92,8 +92,9 @@ class Loop:
             if self._checkpoint_is_due or stopping:
                 self._save(stopping)
             if stopping:
+                cause = self.stop.name or "a signal to another process"
                 raise Interrupted(
-                    f"stopped by {self.stop.name or 'a signal to another process'} after step {self.counters.step} of "
+                    f"stopped by {cause} after step {self.counters.step} of "
                     f"{self.total_steps}, which is saved; the same command resumes"
                 )
             if self.counters.step >= self.total_steps:

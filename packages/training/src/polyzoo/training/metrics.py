@@ -86,7 +86,9 @@ class Weigher:
         """
         names = sorted(totals)
         values = [sum(self.factors), *(totals[name] for name in names)]
-        stacked = torch.stack([torch.as_tensor(v, device=device).float().reshape(()) for v in values])
+        stacked = torch.stack(
+            [torch.as_tensor(v, device=device).float().reshape(()) for v in values]
+        )
         if self.mean is not None:
             stacked = self.mean(stacked)
         divisor = _or_one(stacked[0])

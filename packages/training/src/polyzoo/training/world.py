@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from polyzoo.core.errors import PolyzooError
@@ -98,7 +100,7 @@ class World:
         if self.is_main:
             try:
                 outcome = (function(), None)
-            except Exception as error:  # noqa: BLE001 - raised again below
+            except Exception as error:
                 failure = error
                 outcome = (None, error.exit_code if isinstance(error, PolyzooError) else 1)
         result, code = self.broadcast(outcome)
@@ -196,15 +198,17 @@ def joined(launch: Launch, device: torch.device, *, alone: bool, minutes: float)
     limit = timedelta(minutes=minutes)
     if launch.world_size == 1:
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit
+            backend,
+            store=dist.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+            rank=0,
+            world_size=1,
+            timeout=limit,
         )
     else:
         with explaining_lost_peers():
             dist.init_process_group(
                 backend,
-                init_method=f"tcp://{launch.address}:{launch.port}"
-                if launch.launcher == "slurm"
-                else "env://",
+                store=_meet(launch, limit),
                 rank=launch.rank,
                 world_size=launch.world_size,
                 timeout=limit,
@@ -217,6 +221,23 @@ def joined(launch: Launch, device: torch.device, *, alone: bool, minutes: float)
             atexit.register(_leave)
         else:
             _leave()
+
+
+_MEETINGS = count()
+
+
+def _meet(launch: Launch, limit: timedelta) -> c10d.Store:
+    """Return the store where the processes find each other.
+
+    A later run in the same processes meets in the same place, where the former one's addresses are
+    still written: each gets a name of its own.
+    """
+    place = f"tcp://{launch.address}:{launch.port}" if launch.launcher == "slurm" else "env://"
+    store, *_ = next(
+        dist.rendezvous(place, rank=launch.rank, world_size=launch.world_size, timeout=limit)  # pyright: ignore[reportPrivateImportUsage]
+    )
+    store.set_timeout(limit)
+    return c10d.PrefixStore(f"polyzoo{next(_MEETINGS)}", store)
 
 
 def _leave() -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from polyzoo.attention.kernels.grid_table import grid_channels, grid_table
-from polyzoo.attention.kernels.mask_tiles import MaskTiles, mask_tiles, packed_schedule
+from polyzoo.attention.kernels.mask_tiles import MaskTiles, mask_tiles
 from polyzoo.attention.kernels.problem import Problem, alignment, heads_last, strides
+from polyzoo.attention.kernels.schedules import query_programs, schedule
 from polyzoo.attention.kernels.starts import Start, prepared
 from polyzoo.attention.kernels.triton_forward import forward_kernel
 from polyzoo.attention.kernels.tuning import TileConfig, choose_config
@@ -121,19 +122,6 @@ def _plan(problem: Problem, out: Tensor, config: TileConfig | None, low: bool) -
         {"num_warps": config.warps, "num_stages": config.stages},
     )
     return _Plan(start, config.block_m, block_n, tma, channels)
-
-
-def query_programs(problem: Problem, block: int) -> tuple[int, int]:
-    """Slots of a packed call's schedule, and the number of programs over query tiles."""
-    if problem.cu_q is None:
-        return 0, -(-problem.queries // block) * problem.heads * problem.batch
-    slots = problem.queries // block + problem.cu_q.shape[0] - 1
-    return slots, slots * problem.heads
-
-
-def schedule(cu: Tensor | None, total: int, block: int) -> Tensor | None:
-    """Sequence and tile of every program of a packed call."""
-    return None if cu is None else packed_schedule(cu, total=total, block=block)
 
 
 def tile_lists(

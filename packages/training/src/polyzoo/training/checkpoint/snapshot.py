@@ -24,7 +24,7 @@ from polyzoo.training.checkpoint.flat import (
     write_rank,
 )
 from polyzoo.training.checkpoint.state import RunState, from_json, to_json
-from polyzoo.training.checkpoint.store import CheckpointStore, FileRecord, Writer
+from polyzoo.training.checkpoint.store import CheckpointStore, FileRecord, Writer, Written
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.ema import Ema
 from polyzoo.training.errors import TrainingError
@@ -73,7 +73,7 @@ class Snapshots:
         """Save, and let the other processes know however it ends."""
         begun = False
 
-        def begin(folder: Path) -> tuple[dict[str, FileRecord], dict[str, Any]]:
+        def begin(folder: Path) -> tuple[Written, Mapping[str, Any]]:
             nonlocal begun
             begun = True
             return write(folder)
@@ -109,7 +109,7 @@ class Snapshots:
             if not self.world.is_main:  # whose host may be another than process 0's
                 for name in records:
                     _sync(folder / name)
-        except Exception as error:  # noqa: BLE001 - process 0 raises it
+        except Exception as error:
             failure = error
         outcomes = self.world.gather((records, failure))
         failures = [error for _, error in outcomes if error is not None]
@@ -161,9 +161,7 @@ class Snapshots:
 
     def _manifest(self) -> dict[str, Any]:
         parameters = {
-            shard.name: list(shard.full_shape)
-            for shard in self._shards()
-            if shard.state == MASTER
+            shard.name: list(shard.full_shape) for shard in self._shards() if shard.state == MASTER
         }
         return {
             "world_size": self.world.size,

@@ -14,9 +14,7 @@ def shard_blocks(model: nn.Module) -> list[nn.Module]:
     parameters that no module outside of it shares. Everything else is gathered with the model.
     """
     owners = Counter(
-        parameter
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
+        parameter for module in model.modules() for parameter in module.parameters(recurse=False)
     )
     chosen: list[nn.Module] = []
     inside: set[nn.Module] = set()
@@ -34,9 +32,7 @@ def shard_blocks(model: nn.Module) -> list[nn.Module]:
 def _is_apart(block: nn.Module, owners: Counter[nn.Parameter]) -> bool:
     """Tell whether a block has parameters, all of them its own."""
     own = Counter(
-        parameter
-        for module in block.modules()
-        for parameter in module.parameters(recurse=False)
+        parameter for module in block.modules() for parameter in module.parameters(recurse=False)
     )
     return bool(own) and all(owners[parameter] == count for parameter, count in own.items())
 

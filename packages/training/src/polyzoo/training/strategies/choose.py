@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,6 +15,10 @@ from polyzoo.training.config import TrainConfig
 from polyzoo.training.errors import TrainingError
 from polyzoo.training.launch import Launch
 from polyzoo.training.optim import ParamGroups
+from polyzoo.training.plan import WorkSpec, recommend
+from polyzoo.training.planning import PlanReport, render
+from polyzoo.training.probe import describe
+from polyzoo.training.spec import spec_of
 from polyzoo.training.strategies.base import Strategy
 from polyzoo.training.strategies.ddp import DataParallel
 from polyzoo.training.strategies.single import SingleDevice
@@ -42,8 +48,39 @@ def check_launch(name: str, launch: Launch) -> None:
 
 
 def choose_for(model: nn.Module, config: TrainConfig, world: World, device: torch.device) -> str:
-    """Return the fastest strategy that fits the model on this machine."""
-    return "single" if world.size == 1 else "ddp"
+    """Return the fastest strategy that fits the model on this machine.
+
+    Without a GPU that is one process, or several with the whole model each.
+
+    Raises:
+        TrainingError: E-RAM-PLAN with the table, where nothing fits.
+    """
+    if device.type != "cuda":
+        return "single" if world.size == 1 else "ddp"
+    nodes = max(1, world.size // world.launch.local_world_size)
+    machine = replace(
+        describe(config.tier.nvme_path), gpus=world.launch.local_world_size, nodes=nodes
+    )
+    work = WorkSpec(
+        batch=config.batch_size, sequence=1, accumulation=config.grad_accum,
+        recompute=config.activation_checkpointing, half=config.precision != "fp32",
+        averaged=config.ema.decay is not None,
+    )  # fmt: skip
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    spec = spec_of(model)
+    plan = recommend(spec, machine, work, has_deepspeed=has_deepspeed, steps=config.steps)
+    for note in plan.notes:
+        logger.info("%s", note)
+    if plan.recommended is None:
+        table = render(PlanReport(model=spec, machine=machine, work=work, plan=plan))
+        raise TrainingError(
+            "E-RAM-PLAN",
+            "no strategy fits this model on this machine",
+            table,
+            "a smaller model, lora (trains adapters only), more GPUs or nodes, or tier.nvme_path "
+            "on a larger drive",
+        )
+    return plan.recommended
 
 
 def build_strategy(
@@ -79,7 +116,9 @@ def build_strategy(
     return ZeroThree(build, name, config, device, world, param_groups)
 
 
-def builder_of(model: nn.Module | Callable[[], nn.Module], *, again: bool) -> Callable[[], nn.Module]:
+def builder_of(
+    model: nn.Module | Callable[[], nn.Module], *, again: bool
+) -> Callable[[], nn.Module]:
     """Return a function that makes the model.
 
     Args:

@@ -1,4 +1,4 @@
-"""Every parameter split by rows over the processes (torch's FSDP2), on the GPU or in host memory."""
+"""Every parameter split by rows over the processes (torch's FSDP2), on GPUs or in host memory."""
 
 from __future__ import annotations
 
@@ -222,18 +222,16 @@ class FullySharded:
 
 def _local(value: Tensor | None) -> Tensor:
     assert value is not None  # noqa: S101 - asked for before
-    return value.detach().to_local() if isinstance(value, DTensor) else value.detach()
+    return value.to_local().detach() if isinstance(value, DTensor) else value.detach()
 
 
 def _rows(parameter: nn.Parameter) -> tuple[Tensor, int]:
     """Return the rows of a parameter held here, and the index of their first value."""
     if not isinstance(parameter, DTensor):
         return parameter.detach(), 0
-    local = parameter.detach().to_local()
+    local = parameter.to_local().detach()
     rows = parameter.shape[0] if parameter.ndim else 1
     row = math.prod(parameter.shape[1:])
     # FSDP2 gives each process ceil(rows / processes) rows, the last ones fewer or none.
     each = -(-rows // parameter.device_mesh.size())
     return local, min(parameter.device_mesh.get_local_rank() * each, rows) * row
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class HostMemory:
 
     def _lock(self, whole: Tensor, pages: int) -> None:
         try:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), pages, 0))
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(runtime.cudaHostRegister(whole.data_ptr(), pages, 0))
         except RuntimeError as error:
             raise torch.OutOfMemoryError(
                 f"{pages:,} bytes of host memory could not be page-locked ({error}); "
@@ -55,6 +57,7 @@ class HostMemory:
 
     def close(self) -> None:
         """Unlock all buffers; they stay usable as ordinary memory."""
+        runtime: Any = torch.cuda.cudart() if self._registered else None
         for whole in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())
+            runtime.cudaHostUnregister(whole.data_ptr())
         self._registered.clear()

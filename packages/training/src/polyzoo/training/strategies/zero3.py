@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from polyzoo.core.log import get_logger
-from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
+from polyzoo.core.seeding import capture_random_state, restore_random_state
+from polyzoo.training.checkpoint.flat import BUFFER, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
+from polyzoo.training.doctor import check_libaio
+from polyzoo.training.drive import check_drive
 from polyzoo.training.ema import Master
 from polyzoo.training.errors import TrainingError
 from polyzoo.training.footprint import memory_report
 from polyzoo.training.optim import ParamGroups, build_optimizer, set_learning_rate
-from polyzoo.training.precision import compute_dtype
+from polyzoo.training.precision import compute_dtype, forward_context
 from polyzoo.training.strategies.base import UpdateReport
 from polyzoo.training.strategies.blocks import full_size, shard_blocks
 from polyzoo.training.strategies.host_adamw import HostAdamW
@@ -64,7 +67,10 @@ def import_deepspeed(device: torch.device) -> Any:
     _mend_architectures()
     # DeepSpeed calls what newer versions of torch have renamed, at every reduction.
     warnings.filterwarnings("ignore", message=".*_tensor.? is deprecated", category=FutureWarning)
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
+    import deepspeed.runtime.torch_autocast as autocast  # pyright: ignore[reportMissingImports]
+
+    autocast._WARNED_NESTED_AUTOCAST = True  # we enter it again inside of the engine
 
     deepspeed.utils.logger.setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
     if device.type != "cuda":
@@ -161,8 +167,10 @@ class ZeroThree:
     ) -> tuple[nn.Module, dict[str, Tensor]]:
         """Return the model, and its weights before they were rounded to the compute dtype."""
         if self.config.tier.sharded_init:
-            settings = self._settings(ModelSizes(trainable=1, largest_parameter=1, largest_block=1))
-            del settings["zero_optimization"]["sub_group_size"], settings["gradient_clipping"]
+            states = capture_random_state()
+            with torch.device("meta"):
+                settings = self._settings(sizes_of(build()))
+            restore_random_state(states)
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 return build(), {}
         model = build()
@@ -184,15 +192,18 @@ class ZeroThree:
             world=self.world.size, dtype=_DTYPE_NAMES[self.dtype], live_parameters=live,
         )  # fmt: skip
 
-    def _start(
-        self, deepspeed: Any, model: nn.Module, param_groups: ParamGroups | None
-    ) -> Any:
+    def _start(self, deepspeed: Any, model: nn.Module, param_groups: ParamGroups | None) -> Any:
         from polyzoo.training.strategies.stage3 import in_place_of_deepspeeds
 
         optimizer = self._build_optimizer(model, param_groups)
-        with in_place_of_deepspeeds(self.config.tier.gpu_optimizer_share):
+        sizes = sizes_of(model)
+        if self.drive is not None:
+            drive, needed = self.drive, self._drive_bytes(sizes)
+            self.world.main_only(lambda: check_drive(drive, needed=needed))
+        tier = self.config.tier
+        with in_place_of_deepspeeds(gpu_share=tier.gpu_optimizer_share, overlap=tier.overlap):
             engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self._settings(sizes_of(model))
+                model=model, optimizer=optimizer, config=self._settings(sizes)
             )
         return engine
 
@@ -208,7 +219,9 @@ class ZeroThree:
             for group in plain.param_groups
         ]
         if self.config.tier.host_optimizer == "deepspeed":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
+            from deepspeed.ops.adam import (  # pyright: ignore[reportMissingImports]
+                DeepSpeedCPUAdam,
+            )
 
             return DeepSpeedCPUAdam(
                 groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True
@@ -216,22 +229,32 @@ class ZeroThree:
         threads = self.config.tier.host_threads or share_cores(self.world.launch)
         return HostAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, threads=threads)
 
+    def _drive_bytes(self, sizes: ModelSizes) -> int:
+        """Return what this node's drive takes: weights, moments and gradients in fp32, and more."""
+        each = 16 + (self.dtype.itemsize if self.offload.parameters == "nvme" else 0)
+        return each * sizes.trainable * self.world.launch.local_world_size // self.world.size
+
     def _prepare_drive(self) -> Path | None:
         if not self.offload.uses_drive:
             return None
-        from polyzoo.training.drive import check_drive
+        folder = Path(self.config.tier.nvme_path or Path(self.config.run_dir) / "nvme")
 
-        folder = self.config.tier.nvme_path or Path(self.config.run_dir) / "nvme"
-        self.world.main_only(lambda: check_drive(Path(folder)))
-        return Path(folder)
+        def check() -> None:
+            check_libaio()
+            check_drive(folder)
+
+        self.world.main_only(check)
+        return folder
 
     # --- steps ----------------------------------------------------------------------------------
 
     def _dispatch(self, *arguments: Any, **named: Any) -> Any:
         route, self._route = self._route, None
-        if route is None:
-            return self._forward(*arguments, **named)
-        return getattr(self.model, route)(*arguments, **named)
+        # The engine switches autocast off, and would then refuse fp32 inputs beside 16-bit weights.
+        with forward_context(self.dtype, self.device):
+            if route is None:
+                return self._forward(*arguments, **named)
+            return getattr(self.model, route)(*arguments, **named)
 
     def call_method(self, model: Any, method: str, *arguments: Any, **named: Any) -> Any:
         """Call a method of the model other than forward, with the hooks of a forward pass."""
@@ -241,13 +264,14 @@ class ZeroThree:
         return self.engine(*arguments, **named)
 
     def forward_context(self) -> AbstractContextManager[object]:
-        """Return a context that changes nothing: DeepSpeed computes in the weights' dtype."""
+        """Return the autocast context of a forward pass."""
         # A step that calls only methods of submodules must still count as a new micro-batch.
         self.optimizer.clear_backward_seen_flag()
-        return nullcontext()
+        return forward_context(self.dtype, self.device)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; the last one brings them to the optimizer."""
+        self.optimizer.finish()  # of what no layer has asked for; its gradients come next
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
@@ -390,7 +414,10 @@ class _Reading:
         with self.optimizer.resident(index) as weights:
             state = self.optimizer.state_of(weights)
             on_drive = self.optimizer._swappable_optimizer_subgroup(index)
-            tensors = {MASTER: weights.data, **{key: state[key] for key in _MOMENTS if key in state}}
+            tensors = {
+                MASTER: weights.data,
+                **{key: state[key] for key in _MOMENTS if key in state},
+            }
             # Buffers of the drive are lent; memory of its own can be read in place.
             self._held = {
                 key: value.detach().clone() if on_drive else value.detach()
@@ -428,5 +455,3 @@ def _refuse_other_optimizer(config: TrainConfig, name: str) -> None:
             "zero3 flattens parameters into groups, and its host step is AdamW's",
             "use optim.name=adamw, or a strategy that is not zero3",
         )
-
-

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings from the model and the machine; what goes wrong with its defaults. Torch-free.
+"""DeepSpeed's settings from the model and the machine, past what its defaults do. Torch-free.
 
 Each rule names the trap of DeepSpeed 0.19 that it avoids; the README lists them.
 """
@@ -15,8 +15,10 @@ from polyzoo.core.errors import ConfigError
 from polyzoo.training.config import TrainConfig
 
 SUB_GROUP = 100_000_000  # DeepSpeed's 1e9 takes 16 to 24 GB of pinned buffers with a drive
-_BUCKET = 50_000_000
-_PIPELINED_BUFFERS = 12  # fewer fail with a bare AssertionError
+BUCKET, MOST_BUCKET = 50_000_000, 200_000_000
+LIVE_DEFAULT = 1_000_000_000
+PARAMETER_BUFFERS = 16
+PIPELINED_BUFFERS = 12  # fewer fail with a bare AssertionError
 _AIO_MINIMUM = 1 << 20  # smaller tensors stay in host memory
 _AIO_KEYS = {
     "block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events",
@@ -76,14 +78,14 @@ def build_settings(
         live_parameters: Elements that may stay gathered on the GPU between their uses.
     """
     offload = OFFLOADS[strategy]
-    bucket = config.tier.bucket_size or max(_BUCKET, sizes.largest_parameter)
-    live = 0 if offload.parameters == "nvme" else (live_parameters or 1_000_000_000)
+    bucket = config.tier.bucket_size or bucket_elements(sizes.largest_parameter)
+    live = 0 if offload.parameters == "nvme" else (live_parameters or LIVE_DEFAULT)
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": True,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": max(_BUCKET, sizes.largest_block),
+        "stage3_prefetch_bucket_size": bucket_elements(sizes.largest_block),
         "stage3_param_persistence_threshold": 100_000,
         # With parameters on a drive, whatever stays gathered keeps its swap buffer, and they run
         # out: "Not enough buffers 0 for swapping 1".
@@ -123,6 +125,11 @@ def build_settings(
     return merged(settings, config.tier.extra)
 
 
+def bucket_elements(wanted: int) -> int:
+    """Return elements gathered or reduced at a time: what is wanted, within bounds."""
+    return min(max(BUCKET, wanted), MOST_BUCKET)
+
+
 def _sub_group(sizes: ModelSizes, config: TrainConfig, world: int) -> int:
     if config.tier.sub_group_size is not None:
         return config.tier.sub_group_size
@@ -140,7 +147,7 @@ def _optimizer_settings(offload: Offload, config: TrainConfig) -> dict[str, Any]
     if offload.optimizer == "nvme":
         values |= {
             "nvme_path": _drive_folder(config),
-            "buffer_count": _PIPELINED_BUFFERS,
+            "buffer_count": PIPELINED_BUFFERS,
             "pipeline_read": True,
             "pipeline_write": True,
             "fast_init": False,
@@ -156,8 +163,8 @@ def _parameter_settings(
         shard = -(-sizes.largest_parameter // world)
         values |= {
             "nvme_path": _drive_folder(config),
-            # A gathered block and the one behind it; each buffer takes the largest shard.
-            "buffer_count": 16,
+            # A gathered layer and those behind it; each buffer takes the largest shard.
+            "buffer_count": PARAMETER_BUFFERS,
             "buffer_size": max(shard + 1024, _AIO_MINIMUM),
             # The default keeps models below 1e9 parameters in host memory in spite of "nvme".
             "max_in_cpu": 0,

@@ -13,6 +13,7 @@ from polyzoo.attention.features import (
     BIT,
     Precision,
     bias_features,
+    long_square,
     precision_feature,
     shape_features,
 )
@@ -208,10 +209,11 @@ def attention(
     if torch.compiler.is_compiling():
         # operator.index fixes a symbolic size: head sizes always, the matrix only where it is huge.
         d, dv, scores = index(d), index(v.shape[3]), index(scores)
-        name = _chosen_name(device, dtype, d, dv, features, scores, backend)
+        name = _chosen_name(device, dtype, d, dv, features, scores, long_square(q, k), backend)
         out, lse = forwards()[name](call)
     else:
-        request = Request(device, dtype, d, v.shape[3], features, scores)
+        square = long_square(q, k)
+        request = Request(device, dtype, d, v.shape[3], features, scores, square)
         chosen = choose(request, requested(backend)).backend
         out, lse = chosen.forward(call)  # pyright: ignore[reportOptionalMemberAccess]
     if not return_lse:
@@ -253,8 +255,11 @@ def _chosen_name(
     dv: int,
     features: int,
     scores: int,
+    square: bool,
     backend: str,
 ) -> str:
     """Choose while torch.compile traces: the name becomes part of the graph."""
-    chosen = choose(Request(device, dtype, d, dv, features, scores), requested(backend)).backend
+    chosen = choose(
+        Request(device, dtype, d, dv, features, scores, square), requested(backend)
+    ).backend
     return chosen.name  # pyright: ignore[reportOptionalMemberAccess]

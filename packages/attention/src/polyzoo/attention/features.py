@@ -31,6 +31,7 @@ FEATURES = (
 )
 """What a call can ask for and a backend can offer."""
 
+_LONG = 256
 BIT = {name: 1 << index for index, name in enumerate(FEATURES)}
 
 
@@ -61,6 +62,11 @@ def bias_features(bias: Tensor | DecomposedBias) -> int:
         wants_grad = bias.requires_grad
         features = BIT["bias"]
     return features | BIT["bias_grad"] if wants_grad and torch.is_grad_enabled() else features
+
+
+def long_square(q: Tensor, k: Tensor) -> bool:
+    """Tell whether a GPU call has as many keys as queries, and enough that cuDNN's kernel pays."""
+    return q.device.type == "cuda" and q.shape[2] == k.shape[2] and q.shape[2] >= _LONG
 
 
 def precision_feature(precision: str) -> int:

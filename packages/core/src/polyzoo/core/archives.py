@@ -75,6 +75,7 @@ def extract(
     allowed = min(limits.total_bytes, max(2**20, int(_size(archive) * limits.ratio)))
     wanted = set(only) if only is not None else None
     seen: set[str] = set()
+    found: set[str] = set()
     written = 0
     with atomic_folder(target) as folder, _opened(archive) as opened:
         for count, entry in enumerate(_entries(opened), start=1):
@@ -84,6 +85,7 @@ def extract(
                 raise DataError(f"{archive}: unpacks to more than {allowed:,} bytes")
             if wanted is not None and entry.name not in wanted:
                 continue
+            found.add(entry.name)
             path = folder / _safe(archive, entry, seen)
             if entry.is_folder:
                 path.mkdir(parents=True, exist_ok=True)
@@ -95,10 +97,30 @@ def extract(
                     if written > allowed:
                         raise DataError(f"{archive}: unpacks to more than {allowed:,} bytes")
                     out.write(chunk)
-        missing = sorted((wanted or set()) - seen)
+        missing = sorted((wanted or set()) - found)
         if missing:
             raise DataError(f"{archive}: holds no file {missing[0]!r}")
     return target
+
+
+def list_files(archive: str | Path, *, limits: Limits = DEFAULT_LIMITS) -> list[str]:
+    """Return the names of the regular files in an archive, as written there; links are left out.
+
+    Raises:
+        DataError: The archive is damaged or exceeds a limit.
+    """
+    archive = Path(archive)
+    allowed = min(limits.total_bytes, max(2**20, int(_size(archive) * limits.ratio)))
+    names: list[str] = []
+    with _opened(archive) as opened:
+        for count, entry in enumerate(_entries(opened), start=1):
+            if count > limits.files:
+                raise DataError(f"{archive}: more than {limits.files:,} entries")
+            if entry.offset > 2 * allowed:
+                raise DataError(f"{archive}: unpacks to more than {allowed:,} bytes")
+            if entry.is_file:
+                names.append(entry.name)
+    return names
 
 
 @contextmanager

@@ -103,7 +103,8 @@ def test_offloading_moves_memory_and_never_makes_it(size: float, batch: int, wor
     assert by_name["zero3-cpu"].gpu <= by_name["zero3-opt-cpu"].gpu * 1.001
     assert by_name["zero3-opt-cpu"].gpu <= by_name["zero3"].gpu
     assert by_name["zero3-nvme"].host <= by_name["zero3-cpu"].host + 100 * GIB
-    assert by_name["fsdp2"].gpu <= by_name["ddp"].gpu + 8 * model.largest_block + 1
+    window = 8 * model.largest_block + 64 * work.tokens * model.width * (model.layers + 1)
+    assert by_name["fsdp2"].gpu <= by_name["ddp"].gpu + window
     for one in by_name.values():
         assert one.step_seconds > 0
         assert (one.drive > 0) == ("nvme" in one.strategy)
@@ -114,6 +115,29 @@ def test_more_processes_never_need_more_of_a_gpu() -> None:
     for name in ("fsdp2", "zero3", "zero3-opt-cpu", "zero3-cpu"):
         gpus = [estimate(name, model, MachineSpec(gpus=n), work).gpu for n in (1, 2, 4, 8)]
         assert gpus == sorted(gpus, reverse=True)
+
+
+# Measured on one H100 80GB with 16 cores and 128 GiB, GPT of benchmarks/training_tiers.py (sequence
+# 1024, batch 8): layers, width, heads, strategy, GiB on the GPU and in host memory, seconds a step.
+MEASURED = [
+    ((32, 2560, 20), "single", 39.16, None, 0.3706),
+    ((32, 2560, 20), "zero3-cpu", 7.11, 41.05, 1.0702),
+    ((32, 4096, 32), "zero3-cpu", 15.77, 98.95, 2.3049),
+]
+
+
+@pytest.mark.parametrize(("shape", "strategy", "gpu", "host", "seconds"), MEASURED)
+def test_predictions_are_within_a_tenth_of_what_was_measured(
+    shape: tuple[int, int, int], strategy: str, gpu: float, host: float | None, seconds: float
+) -> None:
+    layers, width, heads = shape
+    model = transformer(layers, width, heads=heads, vocabulary=8192)
+    machine = MachineSpec(gpu_bytes=79.2 * GIB, host_bytes=125.8 * GIB)
+    predicted = estimate(strategy, model, machine, WorkSpec())
+    assert predicted.gpu / GIB == pytest.approx(gpu, rel=0.1)
+    assert host is None or predicted.host / GIB == pytest.approx(host, rel=0.1)
+    assert predicted.step_seconds == pytest.approx(seconds, rel=0.15)
+    assert predicted.fits
 
 
 def test_the_fastest_that_fits_is_recommended() -> None:

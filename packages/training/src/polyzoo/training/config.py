@@ -198,13 +198,11 @@ class TierConfig:
     sharded_init: bool = False
     """Build the model in pieces, for a model that fits in no single process; its first weights are
     then rounded to the compute dtype."""
-    gpu_optimizer_share: float = 0.0
-    """Share of the optimizer kept on the GPU by zero3-opt-cpu and zero3-cpu, where it has room."""
     host_optimizer: Literal["fused", "deepspeed"] = "fused"
     """AdamW of the offloaded strategies: ours, one pass over memory, or DeepSpeed's CPUAdam."""
-    overlap: bool = True
+    overlap: bool = False
     """zero3-cpu with the fused step: begin the next forward pass while later layers are still being
-    updated; each layer waits for its own. Same numbers."""
+    updated; each layer waits for its own. Same numbers; not yet measured on a GPU."""
     host_threads: int | None = None
     """Threads of the host's optimizer step; by default the cores of the process's share."""
     sub_group_size: int | None = None
@@ -212,7 +210,8 @@ class TierConfig:
     bucket_size: int | None = None
     """Gradient elements reduced at a time."""
     tile_linears: int = 1
-    """Compute linear layers above tile_above elements in this many tiles (zero3 strategies)."""
+    """Compute large linear layers in this many tiles; saves GPU memory under zero3. A run's
+    checkpoints belong to their number; best/ and results have whole layers."""
     tile_above: int = 64 * 2**20
     """Elements of a weight from which tile_linears applies."""
     extra: Path | None = None
@@ -224,7 +223,8 @@ class TierConfig:
         _at_least(self, 1, "host_threads", "sub_group_size", "bucket_size", "tile_linears")
         _at_least(self, 1, "tile_above")
         _above(self, 0, "timeout")
-        _fraction(self, "gpu_optimizer_share")
+        if self.tile_linears > 1 and self.sharded_init:
+            raise ConfigError("tile_linears cuts whole layers: set sharded_init to false")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,8 @@ STRATEGIES = (
 )  # fmt: skip
 
 _PROCESS = 3.0 * GIB  # interpreter, torch, CUDA context and libraries in host memory
-_CONTEXT = 1.0 * GIB  # of the CUDA libraries on the GPU: workspaces, fragmentation
+_CONTEXT = 0.3 * GIB  # workspaces on the GPU
+_HOOKS = 0.0065  # seconds a block and micro-batch that ZeRO's hooks take, measured on an H100
 _LIVE_SHARE = 0.25  # of the GPU for parameters that stay gathered; see strategies/zero3.py
 
 
@@ -94,15 +95,15 @@ class MachineSpec:
     """Memory of a node."""
     drive_bytes: float = 0.0
     """Free space on a node's local drive; 0 without one."""
-    rate: float = 450e12
+    rate: float = 500e12
     """Operations a second that a GPU reaches in a large model in bf16."""
-    link: float = 41e9
+    link: float = 54e9
     """Bandwidth between host and one GPU, each way."""
     node_link: float = 200e9
     """Bandwidth between host and all GPUs of a node together."""
     peer: float = 300e9
     """Bandwidth of one GPU to the others (all-gather)."""
-    host_memory: float = 120e9
+    host_memory: float = 145e9
     """Bandwidth of a node's memory in the optimizer step."""
     drive_read: float = 2.5e9
     """Bandwidth of reading from a node's drive."""
@@ -203,8 +204,10 @@ def activation_working_memory(
     return batch * sequence * every * (16 * width + square)
 
 
-def activations(model: ModelSpec, work: WorkSpec, *, wide: bool) -> float:
-    """Return bytes of activations per process, with fused attention.
+def activations(model: ModelSpec, work: WorkSpec, *, wide: bool) -> tuple[float, float]:
+    """Return bytes of what blocks keep for the backward pass, and of what is alive besides.
+
+    With fused attention, per process. The first has gone when the last gradient is there.
 
     Args:
         model: Its width and layers; nothing is counted where the width is not known.
@@ -212,13 +215,12 @@ def activations(model: ModelSpec, work: WorkSpec, *, wide: bool) -> float:
         wide: The stream between the blocks is fp32 (autocast in front of fp32 weights).
     """
     if not model.width:
-        return 0.0
+        return 0.0, 0.0
     stream = (4 if wide or not work.half else 2) * work.tokens * model.width
     inner = (34 if work.half else 68) * work.tokens * model.width
     logits = 3 * 4 * work.tokens * model.vocabulary
-    kept = model.layers if work.recompute else 0
-    alive = 1 if work.recompute else model.layers
-    return kept * stream + max(alive * inner, logits)
+    kept = model.layers * (stream if work.recompute else inner)
+    return kept, max(inner, logits)
 
 
 def estimate(strategy: str, model: ModelSpec, machine: MachineSpec, work: WorkSpec) -> Estimate:
@@ -269,19 +271,21 @@ def _memory(
     block = model.largest_block or model.parameters
     host = machine.gpus * _PROCESS
     if strategy in ("single", "ddp"):
-        gpu = (16 + average) * trained + half * frozen + activations(model, work, wide=True)
-        return gpu + _CONTEXT, host, 0.0
+        kept, alive = activations(model, work, wide=True)
+        gradients = 4 * trained  # they come while what is kept goes
+        states = (12 + average) * trained + half * frozen
+        return states + max(gradients, kept) + alive + _CONTEXT, host, 0.0
     if strategy.startswith("fsdp2"):
         states = (16 + average) * own + half * own_frozen
         # Two blocks gathered (one in use, one on its way), and the gradients of one in fp32.
-        window = 2 * half * block + 4 * block + activations(model, work, wide=True) + _CONTEXT
+        window = 2 * half * block + 4 * block + sum(activations(model, work, wide=True)) + _CONTEXT
         if strategy == "fsdp2":
             return states + window, host, 0.0
         return window, host + machine.gpus * states, 0.0
     gradient = half if work.accumulation == 1 else 4
     window = (
         zero3_window(model, machine, work, on_drive=strategy == "zero3-nvme")
-        + activations(model, work, wide=False)
+        + sum(activations(model, work, wide=False))
         + _CONTEXT
     )
     weights = half * own + half * own_frozen
@@ -341,6 +345,7 @@ def _time(
     world, half = machine.world, (2 if work.half else 4)
     micro = work.accumulation
     operations = (8 if work.recompute else 6) * model.parameters * work.tokens
+    hooks = micro * model.layers * _HOOKS if strategy.startswith("zero3") else 0.0
     parts: dict[str, float] = {"compute": micro * operations / machine.rate}
     own = model.trainable / world
     written = 0.0
@@ -369,7 +374,7 @@ def _time(
             read / machine.drive_read + write / machine.drive_write,
             28 * share / machine.host_memory,
         )
-    busy = max(parts.values())
+    busy = max(parts.values()) + hooks
     total = busy + optimizer
     bound = max(parts, key=lambda name: parts[name])
     if optimizer > busy:

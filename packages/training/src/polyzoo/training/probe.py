@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_OF_A_PRODUCT = 0.57  # of a large product's rate is what a whole transformer step reaches
+_OF_A_PRODUCT = 0.63  # of a large product's rate is what a whole transformer step reaches
 _PRODUCT = 8192
 _COPY = 256 * 2**20  # bytes
 _FLAT = 32 * 2**20  # elements of the optimizer's trial

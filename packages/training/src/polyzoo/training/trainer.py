@@ -56,6 +56,7 @@ from polyzoo.training.strategies.choose import (
     choose_for,
     needs_group,
 )
+from polyzoo.training.tiling import tile_linears
 from polyzoo.training.watchdog import Watchdog, ending_when_stuck
 from polyzoo.training.world import World, joined
 
@@ -250,6 +251,9 @@ class Trainer:
 
         def build() -> nn.Module:
             built = plain()
+            tier = self.config.tier
+            if tier.tile_linears > 1:
+                tile_linears(built, tiles=tier.tile_linears, above=tier.tile_above)
             if self.config.lora is not None:
                 dtype = compute_dtype(self.config.precision, device)
                 built = lora.adapt(built, self.config.lora, dtype)

@@ -45,8 +45,6 @@ class Piece:
 class Stage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3 whose divisor, host step and sub-groups are ours to see."""
 
-    gpu_share: ClassVar[float] = 0.0
-    """Share of the sub-groups whose optimizer stays on the GPU; set around the construction."""
     overlap: ClassVar[bool] = False
     """Let host updates go on beside the next forward pass; set around the construction."""
 
@@ -55,7 +53,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self.memory = HostMemory()
         self._scale = 1.0
         self._host_gradients: dict[int, Tensor] = {}
-        self._on_gpu: torch.optim.Optimizer | None = None
         self._worker = ThreadPoolExecutor(1, "host-adamw")
         self._jobs: list[tuple[int, dict[str, Any], float]] = []
         self._pending: dict[int, Future[None]] = {}
@@ -97,15 +94,13 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         if not self.is_fused:
             super()._create_fp32_partitions()
             return
-        self.partial_offload = 1.0 - type(self).gpu_share
         if torch.cuda.is_available():
             torch._C._host_emptyCache()  # the parameters' first, single pinned buffers
         super()._create_fp32_partitions()
-        for index, weights in enumerate(self.fp32_partitioned_groups_flat):
-            if self.subgroup_to_device[index] == "cpu":
-                held = self.memory.empty(weights.numel(), weights.dtype, pinned=False)
-                # The old storage goes; the tensor stays the one that others know.
-                weights.data = held.copy_(weights.data)
+        for weights in self.fp32_partitioned_groups_flat:
+            held = self.memory.empty(weights.numel(), weights.dtype, pinned=False)
+            # The old storage goes; the tensor stays the one that others know.
+            weights.data = held.copy_(weights.data)
 
     def initialize_optimizer_states(self) -> None:
         """Make gradient buffers where DeepSpeed's own step needs them."""
@@ -123,13 +118,12 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self._create_fp32_partitions()
         dist.barrier()
         self._create_next_swappable_fp32_groups()
-        device = _device()
         self._make_buckets()
         self.grad_partitions_flat_buffer = None  # pyright: ignore[reportAttributeAccessIssue]
         partitions: dict[int, Tensor] = {}
         for index, group in enumerate(self.fp16_groups):
             numel = int(self.fp16_partitioned_groups_flat_numel[index])
-            flat = self._gradient_buffer(index, numel, device)
+            flat = self._gradient_buffer(numel)
             self._host_gradients[index] = flat
             offset = 0
             for parameter in group:
@@ -153,9 +147,7 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         for dtype, bucket in self.ipg_buckets.items() if self.contiguous_gradients else ():
             bucket.buffer = torch.empty(self.reduce_bucket_size, dtype=dtype, device=device)
 
-    def _gradient_buffer(self, index: int, numel: int, device: str) -> Tensor:
-        if self.subgroup_to_device[index] != "cpu":
-            return torch.zeros(numel, dtype=self.gradient_accumulation_dtype, device=device)
+    def _gradient_buffer(self, numel: int) -> Tensor:
         dtype, pinned = self.gradient_accumulation_dtype, self.offload_optimizer_pin_memory
         return self.memory.empty(numel, dtype, pinned=pinned)
 
@@ -298,11 +290,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
             self.optimizer.update(weights, weights.grad, group=group, scale=self._scale)
             return
         gradients = self._host_gradients[sub_group_id]
-        if self.subgroup_to_device[sub_group_id] != "cpu":
-            self._step_on_gpu(weights, gradients, group)
-            # Waits: the next gathering reads host memory on another stream.
-            self.fp16_partitioned_groups_flat[sub_group_id].copy_(weights)
-            return
         if self.overlaps:
             held = {key: value for key, value in group.items() if key != "params"}
             self._jobs.append((sub_group_id, held, self._scale))
@@ -313,19 +300,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         self.optimizer.update(weights, gradients, group=group, scale=self._scale, copy=through)
         if through is not target:
             target.copy_(through, non_blocking=True)
-
-    def _step_on_gpu(self, weights: Tensor, gradients: Tensor, group: dict[str, Any]) -> None:
-        if self._on_gpu is None:
-            self._on_gpu = torch.optim.AdamW([torch.zeros(1, device=weights.device)], fused=True)
-            self._on_gpu.param_groups.clear()
-        held = next((g for g in self._on_gpu.param_groups if g["params"][0] is weights), None)
-        if held is None:
-            self._on_gpu.add_param_group({"params": [weights]})
-            held = self._on_gpu.param_groups[-1]
-        held |= {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        weights.grad = gradients.float().mul_(self._scale)
-        self._on_gpu.step()
-        weights.grad = None
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
         if not self.is_fused:
@@ -374,19 +348,13 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
     def state_of(self, weights: Tensor) -> dict[str, Any]:
         """Return a sub-group's optimizer state; empty before the first step."""
         self.finish()
-        if self._on_gpu is not None and weights in self._on_gpu.state:
-            return self._on_gpu.state[weights]
         return self.optimizer.state.get(weights, {})
 
     def set_state(self, weights: Tensor, step: float, moments: dict[str, Tensor]) -> None:
         """Give a sub-group its optimizer state; the drive takes it with the next writing."""
-        if isinstance(self.optimizer, HostAdamW) and weights.device.type == "cpu":
+        if isinstance(self.optimizer, HostAdamW):
             state = self.optimizer.state_of(weights)
             state["step"] = int(step)
-        elif isinstance(self.optimizer, HostAdamW):
-            self._step_on_gpu_state(weights)
-            state = self._on_gpu.state[weights]  # pyright: ignore[reportOptionalMemberAccess]
-            state["step"] = torch.tensor(float(step), device=weights.device)
         else:
             state = self.optimizer.state[weights]
             fused = not hasattr(self.optimizer, "ds_opt_adam")
@@ -396,14 +364,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
                 state[key].copy_(values)
             else:
                 state[key] = values.to(weights.device)
-
-    def _step_on_gpu_state(self, weights: Tensor) -> None:
-        """Make sure that the GPU's own optimizer knows these weights."""
-        if self._on_gpu is None:
-            self._on_gpu = torch.optim.AdamW([torch.zeros(1, device=weights.device)], fused=True)
-            self._on_gpu.param_groups.clear()
-        if not any(group["params"][0] is weights for group in self._on_gpu.param_groups):
-            self._on_gpu.add_param_group({"params": [weights]})
 
     def gather_persistent(self) -> None:
         """Refresh the small parameters that stay whole on the GPU."""
@@ -464,15 +424,14 @@ def _look_into_dataclasses() -> None:
 
 
 @contextmanager
-def in_place_of_deepspeeds(*, gpu_share: float, overlap: bool) -> Iterator[None]:
+def in_place_of_deepspeeds(*, overlap: bool) -> Iterator[None]:
     """Let `deepspeed.initialize` build our ZeRO-3 optimizer inside the block."""
     _look_into_dataclasses()
     original = deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3
-    former = Stage3.gpu_share, Stage3.overlap
-    Stage3.gpu_share, Stage3.overlap = gpu_share, overlap
+    former, Stage3.overlap = Stage3.overlap, overlap
     deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3 = Stage3  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3 = original  # pyright: ignore[reportAttributeAccessIssue]
-        Stage3.gpu_share, Stage3.overlap = former
+        Stage3.overlap = former

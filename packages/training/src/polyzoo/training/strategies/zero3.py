@@ -201,7 +201,7 @@ class ZeroThree:
             drive, needed = self.drive, self._drive_bytes(sizes)
             self.world.main_only(lambda: check_drive(drive, needed=needed))
         tier = self.config.tier
-        with in_place_of_deepspeeds(gpu_share=tier.gpu_optimizer_share, overlap=tier.overlap):
+        with in_place_of_deepspeeds(overlap=tier.overlap):
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self._settings(sizes)
             )

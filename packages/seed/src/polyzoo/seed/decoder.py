@@ -44,7 +44,7 @@ class _Look(nn.Module):
 
     def __init__(self, width: int, context_width: int) -> None:
         super().__init__()
-        self.heads = width // 32
+        self.heads = max(1, width // 32)
         self.norm = nn.GroupNorm(width // 16, width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)

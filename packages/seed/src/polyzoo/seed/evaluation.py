@@ -15,6 +15,7 @@ from polyzoo.core.log import get_logger
 from polyzoo.seed import metrics
 from polyzoo.seed.bank import ImageBank
 from polyzoo.seed.codebook import CodebookHealth
+from polyzoo.seed.decoder import PixelDecoder
 from polyzoo.seed.metrics import Recall
 from polyzoo.seed.objective import normalise
 from polyzoo.seed.options import EvalConfig
@@ -188,7 +189,7 @@ class _Measure:
             return None
         # Spread over the whole set, not its first concepts.
         rows = np.unique(np.linspace(0, len(codes) - 1, min(count, len(codes))).astype(int))
-        pictures = seed.decode(codes[rows], steps=_REDRAWN_STEPS, guidance=1.0)
+        pictures = seed.decode(codes[rows], steps=self._steps())
         vectors = self._again(pictures)
         scores = (vectors @ words.T).numpy()
         columns = right[rows].any(0)
@@ -196,6 +197,10 @@ class _Measure:
             metrics.recall(scores, right[rows]),
             metrics.recall(scores.T[columns], right[rows].T[columns]),
         )
+
+    def _steps(self) -> int | None:
+        decoder = self.pipeline.parts.decoder
+        return _REDRAWN_STEPS if isinstance(decoder, PixelDecoder) else None
 
     @torch.no_grad()
     def _again(self, pictures: Sequence[object]) -> Tensor:
@@ -236,7 +241,7 @@ class _Measure:
         prompts = [bank.captions[row][0] for row in rows]
         words = self._texts(prompts)
         own = np.eye(len(prompts), dtype=bool)
-        pictures = seed.draw(prompts, seed=self.config.seed, steps=_REDRAWN_STEPS)
+        pictures = seed.draw(prompts, seed=self.config.seed, steps=self._steps())
         with torch.no_grad():
             causal = seed.model.embed(seed.model.features(
                 normalise(seed.bank_rgb(bank, rows), seed.model).to(seed.dtype)

@@ -20,9 +20,11 @@ from polyzoo.seed.config import SeedConfig
 from polyzoo.seed.decoder import PixelDecoder
 from polyzoo.seed.decoder_config import DecoderConfig
 from polyzoo.seed.model import SeedModel
+from polyzoo.seed.sketch import SketchDecoder
 from polyzoo.seed.text_pieces import FILE_NAME as PIECES
 from polyzoo.seed.text_pieces import TextPieces
 
+Decoder = PixelDecoder | SketchDecoder
 DECODER_CONFIG, DECODER_WEIGHTS = "decoder.json", "decoder.safetensors"
 LANGUAGE = "language"
 _SMALLEST_INT8 = 1024
@@ -36,7 +38,7 @@ class SeedParts:
     folder: Path
     model: SeedModel
     pieces: TextPieces | None
-    decoder: PixelDecoder | None
+    decoder: Decoder | None
 
 
 def load_parts(folder: str | Path) -> SeedParts:
@@ -52,7 +54,7 @@ def load_parts(folder: str | Path) -> SeedParts:
     decoder = None
     if (folder / DECODER_CONFIG).is_file():
         shape = configs.load(DecoderConfig, folder / DECODER_CONFIG)
-        decoder = PixelDecoder(shape)
+        decoder = SketchDecoder(shape) if shape.kind == "sketch" else PixelDecoder(shape)
         load_into(decoder, read_weights(folder / DECODER_WEIGHTS), source=DECODER_WEIGHTS)
         if shape.context_width != config.qformer.width:
             raise WeightsError(
@@ -75,7 +77,7 @@ def save_parts(
     model: SeedModel,
     *,
     pieces: Path | None = None,
-    decoder: PixelDecoder | None = None,
+    decoder: Decoder | None = None,
     int8: bool = False,
 ) -> Path:
     """Write a folder; a language model already in it stays.
@@ -98,7 +100,7 @@ def save_parts(
 
 
 def save_decoder(
-    folder: str | Path, decoder: PixelDecoder, *, like: Path | None = None, int8: bool = False
+    folder: str | Path, decoder: Decoder, *, like: Path | None = None, int8: bool = False
 ) -> None:
     """Write our small de-tokeniser into a tokenizer's folder.
 

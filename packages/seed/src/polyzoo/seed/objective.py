@@ -16,6 +16,7 @@ from polyzoo.seed.decoder import PixelDecoder, flow_loss
 from polyzoo.seed.losses import contrastive_loss, stage2_loss
 from polyzoo.seed.model import SeedModel
 from polyzoo.seed.quantizer import Weighting, quantisation_loss
+from polyzoo.seed.sketch import SketchDecoder, sketch_loss
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 
@@ -163,18 +164,20 @@ class Stage2(_Stage):
 class DecoderStage(_Stage):
     """Our small picture decoder learns to draw what the frozen tokenizer wrote."""
 
-    def __init__(self, model: SeedModel, decoder: PixelDecoder) -> None:
+    def __init__(self, model: SeedModel, decoder: PixelDecoder | SketchDecoder) -> None:
         super().__init__(model, learning=())
         self.decoder = decoder
 
     def forward(self, rgb: Tensor, *, generator: torch.Generator) -> Losses:
-        """Return the flow's loss on pictures (b, 3, S, S) in 0 to 1."""
+        """Return the decoder's loss on pictures (b, 3, S, S) in 0 to 1."""
         size = self.decoder.config.size
         # In fp32, as they will be written: rounding in the tower would change some codes.
         with torch.no_grad(), torch.autocast(rgb.device.type, enabled=False):
             context = self.model.context_of(self.model.encode(normalise(rgb, self.model)))
             if rgb.shape[-1] != size:
                 rgb = F.interpolate(rgb, size=(size, size), mode="area")
+        if isinstance(self.decoder, SketchDecoder):
+            return sketch_loss(self.decoder, rgb, context), {}
         return flow_loss(self.decoder, rgb, context, generator=generator), {}
 
 

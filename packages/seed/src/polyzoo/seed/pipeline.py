@@ -25,6 +25,7 @@ from polyzoo.seed.language import Language, load_language
 from polyzoo.seed.objective import normalise
 from polyzoo.seed.preprocessing import Picture, check_pixels, from_bytes, to_pixels
 from polyzoo.seed.quantizer import check_codes
+from polyzoo.seed.sketch import SketchDecoder, sketch
 
 _log = get_logger(__name__)
 _EXACT = ("quantizer", "to_code", "vision_norm")
@@ -201,9 +202,10 @@ class SeedPipeline:
 
         Args:
             codes: In 0 to codes - 1.
-            seed: Of the noise; one number gives picture i the seed `seed + i`.
-            steps: Of the drawing.
-            guidance: How far it is pushed from the unconditional drawing.
+            seed: Of the noise; one number gives picture i the seed `seed + i`. A sketch decoder
+                draws nothing at random.
+            steps: Of the drawing; a sketch decoder has none.
+            guidance: How far it is pushed from the unconditional drawing; a sketch's sharpness.
             negative: Codes to push away from instead; diffusers de-tokenisers only.
             batch_size: Pictures at a time.
 
@@ -249,9 +251,14 @@ class SeedPipeline:
     ) -> list[Image.Image]:
         assert self.parts.decoder is not None  # noqa: S101 - decode has checked
         context = self.model.context_of(codes).float()
-        found = draw_pictures(
-            self.parts.decoder, context, seeds=seeds, steps=steps, guidance=guidance
-        )
+        if isinstance(self.parts.decoder, SketchDecoder):
+            if steps is not None:
+                raise ConfigError(f"steps={steps}: this folder's decoder draws in one pass")
+            found = sketch(self.parts.decoder, context, sharpness=guidance)
+        else:
+            found = draw_pictures(
+                self.parts.decoder, context, seeds=seeds, steps=steps, guidance=guidance
+            )
         arrays = (found * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(array) for array in arrays]
 

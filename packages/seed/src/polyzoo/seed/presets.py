@@ -355,6 +355,17 @@ def decoder() -> TokenizerTrainConfig:
     )
 
 
+def sketch() -> TokenizerTrainConfig:
+    """The embedded one-shot decoder, from the folder of stage 2: minutes on a CPU."""
+    return replace(
+        decoder(),
+        decoder=DecoderConfig(kind="sketch", context_width=128),
+        train=replace(
+            _run("sketch", steps=4000, batch=128, lr=1e-3, decay=0.05), ema=EmaConfig(decay=0.998)
+        ),
+    )
+
+
 def paper() -> TokenizerTrainConfig:
     """The published recipe of stage 1 at full size; give --data.pairs, and BLIP-2's start."""
     return TokenizerTrainConfig(
@@ -400,6 +411,7 @@ TOKENIZER_PRESETS = {
     "stage1": stage1,
     "stage2": stage2,
     "decoder": decoder,
+    "sketch": sketch,
     "dinov2-stage1": dinov2_stage1,
     "dinov2-stage2": dinov2_stage2,
     "paper": paper,

@@ -29,6 +29,7 @@ from polyzoo.seed.objective import (
     normalise,
 )
 from polyzoo.seed.presets import TokenizerTrainConfig
+from polyzoo.seed.sketch import SketchDecoder
 
 _DINO_WIDTH = 384
 
@@ -131,7 +132,11 @@ def _stage2(config: TokenizerTrainConfig, parts: SeedParts) -> tuple[nn.Module, 
 
 
 def _decoder(config: TokenizerTrainConfig, parts: SeedParts) -> tuple[nn.Module, Step]:
-    stage = DecoderStage(parts.model, parts.decoder or PixelDecoder(config.decoder))
+    shape = config.decoder
+    fresh = SketchDecoder(shape) if shape.kind == "sketch" else PixelDecoder(shape)
+    # Another kind than the folder's starts anew.
+    same = parts.decoder is not None and parts.decoder.config.kind == shape.kind
+    stage = DecoderStage(parts.model, parts.decoder if same and parts.decoder else fresh)
 
     def step(model: Any, batch: dict[str, Tensor], at: At) -> Losses:
         generator = at.generator
@@ -163,7 +168,7 @@ def evaluation(
             return {name: float(value) for name, value in parts.items()}
         if config.stage == "decoder":
             loss, _ = module(rgb, generator=at.generator)
-            return {"flow": float(loss)}
+            return {"picture": float(loss)}
         return _retrieval(config, module, rgb, bank, material)
 
     return evaluate

@@ -87,6 +87,8 @@ def main(config: PixArtTrainConfig) -> PixArtTrainReport:
     """Run the command; the same call resumes an interrupted run."""
     seed_everything(config.train.seed)
     recipe = with_auto_lr(config)
+    if config.task in ("lcm", "lcm-lora", "controlnet"):
+        _start(config)
     material = gather(config)
     runner = {
         "vae": _train_vae,

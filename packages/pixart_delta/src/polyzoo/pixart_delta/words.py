@@ -19,6 +19,7 @@ from polyzoo.pixart_delta.captions import PackedCaptions
 _log = get_logger(__name__)
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
 ASSET = "wordllama"
+ASSET_CHANNELS = 256
 VECTORS, WORDS = "words.safetensors", "words.txt"
 
 
@@ -134,7 +135,8 @@ class WordEncoder(nn.Module):
         row = self._row(word)
         if row is not None:
             return self.vectors[row]
-        if self._fallback is None and is_present(ASSET):
+        fits = self.channels == ASSET_CHANNELS
+        if self._fallback is None and fits and is_present(ASSET):
             self._fallback = WordLlama()
         if self._fallback is not None:
             return self._fallback.vector(word).to(self.vectors)

@@ -144,9 +144,12 @@ class TestText:
         captions = tiny_captions((3, 7))
         states, _ = captions.padded(10)
         rows = RowCaptions(states + 0, torch.tensor([3, 7], dtype=torch.int32))
-        assert relative_error(
-            run(model, latents, rows, conditions), run(model, latents, captions, conditions)
-        ) <= 1e-5
+        assert (
+            relative_error(
+                run(model, latents, rows, conditions), run(model, latents, captions, conditions)
+            )
+            <= 1e-5
+        )
 
     def test_replacing_captions(self):
         captions = tiny_captions((3, 7))
@@ -306,9 +309,12 @@ class TestFolders:
         again, _ = load_transformer(tmp_path / "transformer", dtype=torch.float32)
         latents, conditions = draws()
         captions = tiny_captions()
-        assert relative_error(
-            run(again, latents, captions, conditions), run(model, latents, captions, conditions)
-        ) <= 0.02
+        assert (
+            relative_error(
+                run(again, latents, captions, conditions), run(model, latents, captions, conditions)
+            )
+            <= 0.02
+        )
 
 
 class TestEmbeddings:
@@ -342,7 +348,9 @@ class TestErrors:
         with pytest.raises(DataError, match=r"captions have 5 channels; this transformer expects"):
             model(latents, PackedCaptions(torch.zeros(2, 5), (1, 1)), conditions)
         branch = tiny_branch(model)
-        with pytest.raises(DataError, match=r"control latents of shape \(1, 4, 8, 12\) for latents"):
+        with pytest.raises(
+            DataError, match=r"control latents of shape \(1, 4, 8, 12\) for latents"
+        ):
             model(latents, captions, conditions, control=Control(branch, latents[:1]))
 
     def test_masks(self):
@@ -379,7 +387,11 @@ class TestErrors:
             layout.to_diffusers({f"base_model.{name}": x for name, x in official.items()})
         with pytest.raises(WeightsError, match="looks like a LoRA file"):
             layout.to_diffusers({"base_model.model.proj_out.lora_A.weight": torch.zeros(1)})
-        sigma = {**official, layout.NULL_CAPTION: torch.zeros(300, 4), "blocks.0.q_norm": torch.ones(1)}
+        sigma = {
+            **official,
+            layout.NULL_CAPTION: torch.zeros(300, 4),
+            "blocks.0.q_norm": torch.ones(1),
+        }
         with pytest.raises(WeightsError, match="300 caption tokens: this looks like PixArt-Sigma"):
             layout.to_diffusers(sigma)
         save_transformer(tmp_path, model)

@@ -220,7 +220,9 @@ class TestControl:
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
     def test_pictures_of_any_mode(self, pipe, mode):
         source = picture().convert("L") if mode == "I;16" else picture()
-        given = source.convert("I").point(lambda v: v * 256) if mode == "I;16" else source.convert(mode)
+        given = (
+            source.convert("I").point(lambda v: v * 256) if mode == "I;16" else source.convert(mode)
+        )
         made = latents(pipe, PROMPTS[0], control_image=given, control_type="raw",
                        num_inference_steps=1, seed=0)  # fmt: skip
         assert bool(made.isfinite().all())
@@ -283,18 +285,21 @@ class TestParts:
         name = pipe.load_lora_weights(path)
         assert pipe.lcm_weights
         changed = pipe.transformer.proj_out.weight - before["proj_out.weight"]
-        product = tensors[f"{prefix}proj_out.lora_B.weight"] @ tensors[
-            f"{prefix}proj_out.lora_A.weight"
-        ]
+        product = (
+            tensors[f"{prefix}proj_out.lora_B.weight"] @ tensors[f"{prefix}proj_out.lora_A.weight"]
+        )
         assert relative_error(changed, scale * product) <= 1e-4
         assert pipe(PROMPTS[0], seed=0, num_inference_steps=1).records[0].adapters == {name: 1.0}
         pipe.adapters.set_scale(name, 0.5)
         halved = pipe.transformer.proj_out.weight - before["proj_out.weight"]
         assert relative_error(halved, 0.5 * scale * product) <= 1e-4
         pipe.load_lora_weights(path, name="other", scale=0.5)
-        assert relative_error(
-            pipe.transformer.proj_out.weight - before["proj_out.weight"], scale * product
-        ) <= 1e-4
+        assert (
+            relative_error(
+                pipe.transformer.proj_out.weight - before["proj_out.weight"], scale * product
+            )
+            <= 1e-4
+        )
         pipe.unload_lora_weights()
         after = pipe.transformer.state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)

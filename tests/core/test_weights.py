@@ -283,6 +283,19 @@ def test_a_renamed_pickle_is_known_by_its_bytes(tmp_path: Path, new_format: bool
         read_weights(path)
 
 
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50])
+def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path: Path, length: int) -> None:
+    tensors = {"a": torch.ones(2)}
+    path = tmp_path / "model.safetensors"
+    write_weights(path, tensors, metadata={"pad": ""})
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()
+    padded = header.replace(b'"pad":""', b'"pad":"' + b"x" * (length - len(header)) + b'"')
+    path.write_bytes(length.to_bytes(8, "little") + padded + data[8 + size :])
+    assert equal(read_weights(path), tensors)
+
+
 def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
     entry = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     header = b"{" + entry + b"," + entry + b"}"
@@ -389,3 +402,15 @@ def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
     plain.touch()
     write_weights(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
     assert (tmp_path / "x.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    """Its first byte is then 0x80, as a pickle's; one file in 32 is like that."""
+    tensors = {"a": torch.arange(3.0)}
+    path = tmp_path / "model.safetensors"
+    seen = False
+    for length in range(0, 400, 8):
+        write_weights(path, tensors, metadata={"note": "x" * length})
+        seen = seen or path.read_bytes()[0] == 0x80
+        assert equal(read_weights(path), tensors)
+    assert seen

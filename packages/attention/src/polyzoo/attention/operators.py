@@ -1,4 +1,4 @@
-"""The Triton kernels as torch operators, `polyzoo::attention_forward` and `..._backward`.
+"""Our kernels as torch operators, `polyzoo::attention_forward` and `..._backward`.
 
 Eager code calls the autograd Function, which costs a tenth of an operator's dispatch; torch.compile
 sees the operators, with shapes, strides and gradients known to it. Tensors that are absent come
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from polyzoo.attention.types import Call, DecomposedBias
 
 _INPUTS = 11  # tensors of the forward operator, before its numbers
 
@@ -34,10 +36,13 @@ def run_forward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     keep_low: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and what rounding took from the output (empty unless `keep_low`)."""
-    from polyzoo.attention.kernels import launch, launch_decode, launch_short
+    """Output, log-sum-exp, and what rounding took from the output (empty unless `keep_low`).
+
+    `kernels` is "triton" or "cuda".
+    """
     from polyzoo.attention.kernels.problem import Problem, heads_last
 
     problem = Problem(
@@ -59,9 +64,16 @@ def run_forward(
         right=right,
         dropout=dropout,
     )
+    low = heads_last(q, v.shape[3]) if keep_low else None
+    if kernels == "cuda":
+        from polyzoo.attention.kernels import launch_cuda
+
+        out, lse = launch_cuda.forward(problem, low=low)
+        return out, lse, q.new_empty(0) if low is None else low
+    from polyzoo.attention.kernels import launch, launch_decode, launch_short
+
     few_keys = launch_short.suits(problem)
-    if keep_low:
-        low = heads_last(q, v.shape[3])
+    if low is not None:
         run = launch_short.forward if few_keys else launch.forward
         return (*run(problem, low=low), low)
     if launch_decode.suits(problem):
@@ -88,6 +100,7 @@ def _fake_forward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     keep_low: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, n, _ = q.shape
@@ -119,12 +132,12 @@ def run_backward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     need_q: bool,
     need_kv: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, bias, rel_h and rel_w; empty where not needed."""
-    from polyzoo.attention.kernels.launch_backward import Wanted, backward
     from polyzoo.attention.kernels.problem import Problem
 
     problem = Problem(
@@ -146,12 +159,22 @@ def run_backward(
         right=right,
         dropout=dropout,
     )
+    rest = low if low.numel() else None
+    if kernels == "cuda":
+        from polyzoo.attention.kernels import launch_cuda
+
+        made = launch_cuda.backward(
+            problem, out, lse, dout, low=rest, need_q=need_q, need_kv=need_kv
+        )
+        return tuple(q.new_empty(0) if t is None else t for t in (*made, None, None, None))  # pyright: ignore[reportReturnType]
+    from polyzoo.attention.kernels.launch_backward import Wanted, backward
+
     grads = backward(
         problem,
         out,
         lse,
         dout,
-        low=low if low.numel() else None,
+        low=rest,
         wanted=Wanted(q=need_q, kv=need_kv, bias=need_bias),
     )
     made = (grads.q, grads.k, grads.v, grads.bias, grads.rel_h, grads.rel_w)
@@ -180,6 +203,7 @@ def _fake_backward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     need_q: bool,
     need_kv: bool,
     need_bias: bool,
@@ -262,3 +286,43 @@ class Attend(torch.autograd.Function):
         numbers: tuple[Any, ...] = (*ctx.numbers, *_needs(flags))
         grads = run_backward(dout, out, lse, low, *inputs, *numbers)  # pyright: ignore[reportCallIssue]
         return (*_only(grads, flags), *(None,) * (_INPUTS - 6 + len(ctx.numbers) + 1))
+
+
+def attend(call: Call, kernels: str) -> tuple[Tensor, Tensor | None]:
+    """Serve a checked call with our kernels, eager or compiled, with or without gradients.
+
+    Args:
+        call: The call.
+        kernels: "triton" or "cuda".
+    """
+    packed = call.cu_seqlens
+    bias, rel_h, rel_w = call.bias, None, None
+    if isinstance(bias, DecomposedBias):
+        bias, rel_h, rel_w = None, bias.rel_h, bias.rel_w
+    differentiable = (call.q, call.k, call.v, bias, rel_h, rel_w)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in differentiable
+    )
+    arguments = (
+        *differentiable,
+        call.mask,
+        call.kv_lens,
+        None if packed is None else packed.q,
+        None if packed is None else packed.k,
+        call.rng,
+        0 if packed is None else packed.max_q,
+        0 if packed is None else packed.max_k,
+        call.scale,
+        call.left,
+        call.right,
+        call.dropout,
+        kernels,
+        needs_grad and call.q.dtype != torch.float32,
+    )
+    if torch.compiler.is_compiling():
+        out, lse, _ = attention_forward(*arguments)
+        return out, lse.detach()
+    if needs_grad:
+        return Attend.apply(*arguments)  # pyright: ignore[reportReturnType]
+    out, lse, _ = run_forward(*arguments)
+    return out, lse

@@ -208,8 +208,8 @@ class RegionSpotPipeline:
 
         Args:
             name_or_path: "embedded" (in this package), "minilm" (the same with the sentence encoder
-                itself as its text side, an asset: any word, and better names), a folder written by training or by
-                `polyzoo regionspot convert`, or a hub id.
+                itself as its text side, an asset: any word, and better names), a folder written by
+                training or by `polyzoo regionspot convert`, or a hub id.
             device: auto, cpu, cuda, ...
             dtype: Of SAM, CLIP and the module; bfloat16 on a GPU where not given. The embedded
                 model always computes in float32.

@@ -26,7 +26,7 @@ from polyzoo.towers.retrieval import recall_at
 from polyzoo.towers.ridge import RidgeMap
 
 _SIDE = 98
-_RIDGE_PICTURES = 800
+_RIDGE_PICTURES = 400
 """Training pictures that the map from features to text vectors is fitted on."""
 
 

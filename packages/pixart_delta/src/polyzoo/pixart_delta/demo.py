@@ -17,21 +17,21 @@ from polyzoo.pixart_delta.record import RunRecord, save_png
 
 STEPS = 4
 PROMPTS = (
-    ("red apple, 3d render style", 3),
-    ("cat face, flat style", 1),
-    ("grinning face, noto style", 0),
-    ("house, twemoji style", 2),
-    ("strawberry, 3d render style", 0),
-    ("sunflower, flat style", 4),
-    ("octopus, noto style", 1),
-    ("hamburger, 3d render style", 2),
-    ("rocket, twemoji style", 0),
-    ("crab, flat style", 3),
-    ("pizza, 3d render style", 5),
-    ("umbrella, outline style", 1),
+    ("red apple, noto style", 8),
+    ("cat face, twemoji style", 15),
+    ("grinning face, noto style", 1),
+    ("guitar, 3d render style", 8),
+    ("tomato, flat style", 8),
+    ("hamburger, noto style", 15),
+    ("blue heart, 3d render style", 8),
+    ("crab, 3d render style", 15),
+    ("smiling face, 3d render style", 15),
+    ("fox, flat style", 15),
+    ("orange heart, flat style", 1),
+    ("full moon, noto style", 8),
 )
 """What to draw, and the seed."""
-CONTROLLED = ("red heart, 3d render style", "yellow star, flat style")
+CONTROLLED = ("red heart, 3d render style", "cat face, noto style")
 SHOWN = 192
 """Side at which the 64 pixel pictures are shown."""
 LEAST_AGREEMENT = 0.35
@@ -44,7 +44,7 @@ def run(out: Path) -> DemoSection:
     prompts = [prompt for prompt, _ in PROMPTS]
     plain = pipe(prompts, seed=[seed for _, seed in PROMPTS], num_inference_steps=STEPS)
     drawn = time.perf_counter() - start
-    outlines = (_heart(), _star())
+    outlines = (_heart(), _cat())
     start = time.perf_counter()
     steered = pipe(
         list(CONTROLLED), seed=[1, 1], num_inference_steps=STEPS, control_image=list(outlines),
@@ -122,16 +122,12 @@ def _heart() -> Image.Image:
     return picture.resize((64, 64), Image.Resampling.LANCZOS)
 
 
-def _star() -> Image.Image:
-    import math
-
-    points = []
-    for index in range(10):
-        radius = 108 if index % 2 == 0 else 48
-        angle = -math.pi / 2 + index * math.pi / 5
-        points.append((128 + radius * math.cos(angle), 134 + radius * math.sin(angle)))
+def _cat() -> Image.Image:
     picture = Image.new("RGB", (256, 256), "white")
-    ImageDraw.Draw(picture).polygon(_scaled(points), fill="black")
+    draw = ImageDraw.Draw(picture)
+    draw.polygon(_scaled([(44, 150), (52, 28), (128, 88)]), fill="black")
+    draw.polygon(_scaled([(212, 150), (204, 28), (128, 88)]), fill="black")
+    draw.ellipse((30, 66, 226, 232), fill="black")
     return picture.resize((64, 64), Image.Resampling.LANCZOS)
 
 

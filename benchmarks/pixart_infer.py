@@ -40,7 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="*", default=["eager", "compiled"])
     parser.add_argument("--sizes", nargs="*", type=int, default=[1024, 512])
-    parser.add_argument("--stages", nargs="*", default=["step", "vae", "text", "image", "memory", "control"])
+    parser.add_argument(
+        "--stages", nargs="*", default=["step", "vae", "text", "image", "memory", "control"]
+    )
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which it ends")
     parser.add_argument("--out", type=Path)
@@ -62,9 +64,11 @@ class Bench:
         self.totals: dict[str, dict[str, float]] = {}
 
     def late(self) -> bool:
+        """Whether the time is over."""
         return time.perf_counter() - self.begun > self.given.limit
 
     def report(self, stage: str, who: str, seconds: float, **more: object) -> None:
+        """Print and keep a figure."""
         self.totals.setdefault(stage, {})[who] = seconds
         row = {
             "stage": stage, "who": who, "ms": round(seconds * 1e3, 3),
@@ -90,11 +94,13 @@ class Bench:
         return statistics.median(spent)
 
     def transformer(self, size: int) -> PixArtTransformer:
+        """A published shape with random weights."""
         with torch.device("meta"):
             model = PixArtTransformer(xl(size))
         return randomised(model.to_empty(device=self.device).to(DTYPE)).eval()
 
     def inputs(self, model: PixArtTransformer) -> tuple[torch.Tensor, Conditions, RowCaptions]:
+        """Latents, conditions and a caption of 120 tokens."""
         side = model.shape.sample_size
         latents = torch.randn(1, 4, side, side, device=self.device, dtype=DTYPE)
         size = torch.tensor([[side * 8.0, side * 8.0]], device=self.device)
@@ -143,7 +149,7 @@ class Bench:
             out = fast.step(latents, conditions, kept).float()
             warm = time.perf_counter() - warm
             error = float((out - wanted).norm() / wanted.norm())
-            seconds = self.time(lambda: fast.step(latents, conditions, kept))
+            seconds = self.time(lambda f=fast, x=latents, c=conditions, k=kept: f.step(x, c, k))
             self.report(
                 f"step {size}", "polyzoo", seconds, warm_up=round(warm, 1), error=error,
                 tflops=round(FLOPS[size] / seconds / 1e12, 1),
@@ -227,7 +233,6 @@ class Bench:
                 "text 120", "transformers eager",
                 self.time(lambda: other(ids, attention_mask=mask, return_dict=False)[0]),
             )  # fmt: skip
-        del other
         fast_text(encoder)
         out = encoder(ids, lens).float()
         error = None if wanted is None else float((out - wanted).norm() / wanted.norm())

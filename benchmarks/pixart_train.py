@@ -96,9 +96,7 @@ def needed(task: str, size: int) -> float:
     return 2 * EVALUATION[size] + 3 * BRANCH[size]
 
 
-def build(
-    who: str, task: str, size: int, batch: int, checkpointing: bool
-) -> Callable[[], None]:
+def build(who: str, task: str, size: int, batch: int, checkpointing: bool) -> Callable[[], None]:
     device = torch.device("cuda")
     side = size // 8
     data = LatentBatch(
@@ -175,6 +173,7 @@ class TheirControl(nn.Module):
                 nn.init.zeros_(parameter)
 
     def network(self, x: Tensor, captions: Any, conditions: Conditions, control: Any) -> Tensor:
+        """The controlled prediction."""
         base = self.base[0]
         b, _, height, width = x.shape
         hidden, state = base.pos_embed(x.to(base.dtype)), base.pos_embed(control.to(base.dtype))

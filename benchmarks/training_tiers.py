@@ -36,7 +36,7 @@ SHAPES = {  # billions of parameters: layers, width, heads
 ROWS = {
     "plain": ["raw:single", "trainer:single"],
     "zero3-cpu": ["raw:zero3-cpu", "trainer:zero3-cpu"],
-    "quick": ["trainer:single", "trainer:zero3-cpu:sharded_init=1"],
+    "quick": ["raw:single", "trainer:single", "trainer:fsdp2-cpu"],
 }
 
 
@@ -456,6 +456,8 @@ def parse() -> argparse.Namespace:
     if options.quick:
         options.rows, options.size, options.batch = "quick", "0.001", 1
         options.steps, options.warm = 3, 1
+        folder = tempfile.mkdtemp(prefix="tiers-")
+        options.out, options.logs = f"{folder}/tiers.jsonl", folder
     return options
 
 

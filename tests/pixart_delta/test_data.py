@@ -94,18 +94,18 @@ class TestExtraction:
                        bad_limit=2)  # fmt: skip
         with (
             caplog.at_level(logging.WARNING, logger="polyzoo"),
-            pytest.raises(DataError, match="3 images cannot be read, above bad_limit=2"),
+            pytest.raises(DataError, match=r"3 images cannot be read, above bad_limit=2"),
         ):
             extract(given)
         assert "0.png" in caplog.text
 
     def test_lists(self, material, tmp_path):
-        with pytest.raises(DataError, match="no such file"):
+        with pytest.raises(DataError, match=r"no such file"):
             extract(config(material, tmp_path, data=tmp_path / "none.json"))
         (tmp_path / "bad.json").write_text('[{"prompt": "cat"}]')
-        with pytest.raises(DataError, match="entry 1: needs an object with a text 'path'"):
+        with pytest.raises(DataError, match=r"entry 1: needs an object with a text 'path'"):
             extract(config(material, tmp_path, data=tmp_path / "bad.json"))
-        with pytest.raises(ConfigError, match="control='hed' needs hed"):
+        with pytest.raises(ConfigError, match=r"control='hed' needs hed"):
             config(material, tmp_path, control="hed")
 
     def test_a_folder_with_one_prompt(self, material, tmp_path):
@@ -163,14 +163,16 @@ class TestOfficialFiles:
         assert drawn.size is not None
         assert drawn.size.tolist() == [[1024, 1024]] * 2
         strict = OfficialFeatures(tmp_path, resolution=1024, multi_scale=True, bad_limit=0)
-        with pytest.raises(DataError, match="1 images cannot be read, above bad_limit=0"):
+        with pytest.raises(DataError, match=r"1 images cannot be read, above bad_limit=0"):
             strict[2]
 
     def test_missing_folders(self, tmp_path):
-        with pytest.raises(DataError, match="holds no data_info.json"):
+        with pytest.raises(DataError, match=r"holds no data_info.json"):
             OfficialFeatures(tmp_path / "none", resolution=512, multi_scale=False)
         self.write(tmp_path)
-        with pytest.raises(DataError, match="no folder of image features: img_vae_features_512reso"):
+        with pytest.raises(
+            DataError, match=r"no folder of image features: img_vae_features_512reso"
+        ):
             OfficialFeatures(tmp_path, resolution=512, multi_scale=False)
 
 
@@ -206,7 +208,7 @@ class TestSampler:
         assert Counter(self.KEYS[b[0]] for b in balanced) == {"1.0": 3, "0.5": 3}
         large = BucketSampler(self.KEYS, batch_size=2, seed=0, min_per_bucket=7).batches(0)
         assert {self.KEYS[b[0]] for b in large} == {"1.0"}
-        with pytest.raises(DataError, match="the largest of 3 buckets has 11 images; lower the"):
+        with pytest.raises(DataError, match=r"the largest of 3 buckets has 11 images; lower the"):
             BucketSampler(self.KEYS, batch_size=12, seed=0)
 
     def test_stream_goes_on(self):

@@ -144,9 +144,12 @@ class TestText:
         captions = tiny_captions((3, 7))
         states, _ = captions.padded(10)
         rows = RowCaptions(states + 0, torch.tensor([3, 7], dtype=torch.int32))
-        assert relative_error(
-            run(model, latents, rows, conditions), run(model, latents, captions, conditions)
-        ) <= 1e-5
+        assert (
+            relative_error(
+                run(model, latents, rows, conditions), run(model, latents, captions, conditions)
+            )
+            <= 1e-5
+        )
 
     def test_replacing_captions(self):
         captions = tiny_captions((3, 7))
@@ -306,9 +309,12 @@ class TestFolders:
         again, _ = load_transformer(tmp_path / "transformer", dtype=torch.float32)
         latents, conditions = draws()
         captions = tiny_captions()
-        assert relative_error(
-            run(again, latents, captions, conditions), run(model, latents, captions, conditions)
-        ) <= 0.02
+        assert (
+            relative_error(
+                run(again, latents, captions, conditions), run(model, latents, captions, conditions)
+            )
+            <= 0.02
+        )
 
 
 class TestEmbeddings:
@@ -342,30 +348,32 @@ class TestErrors:
         with pytest.raises(DataError, match=r"captions have 5 channels; this transformer expects"):
             model(latents, PackedCaptions(torch.zeros(2, 5), (1, 1)), conditions)
         branch = tiny_branch(model)
-        with pytest.raises(DataError, match=r"control latents of shape \(1, 4, 8, 12\) for latents"):
+        with pytest.raises(
+            DataError, match=r"control latents of shape \(1, 4, 8, 12\) for latents"
+        ):
             model(latents, captions, conditions, control=Control(branch, latents[:1]))
 
     def test_masks(self):
         states = torch.zeros(2, 3, 16)
-        with pytest.raises(DataError, match="mask row 1 is all zero"):
+        with pytest.raises(DataError, match=r"mask row 1 is all zero"):
             PackedCaptions.from_padded(states, torch.tensor([[1, 0, 0], [0, 0, 0]]))
-        with pytest.raises(DataError, match="mask holds 2; only 0"):
+        with pytest.raises(DataError, match=r"mask holds 2; only 0"):
             PackedCaptions.from_padded(states, torch.tensor([[1, 0, 0], [2, 0, 0]]))
-        with pytest.raises(DataError, match="mask has batch 1, the captions 2"):
+        with pytest.raises(DataError, match=r"mask has batch 1, the captions 2"):
             PackedCaptions.from_padded(states, torch.ones(1, 3))
-        with pytest.raises(DataError, match="mask has 4 tokens, the captions 3"):
+        with pytest.raises(DataError, match=r"mask has 4 tokens, the captions 3"):
             PackedCaptions.from_padded(states, torch.ones(2, 4))
 
     def test_shapes(self):
-        with pytest.raises(ConfigError, match="must be divisible by 3 with size conditions"):
+        with pytest.raises(ConfigError, match=r"must be divisible by 3 with size conditions"):
             tiny_config(attention_head_dim=20)
-        with pytest.raises(ConfigError, match="must be divisible by 4"):
+        with pytest.raises(ConfigError, match=r"must be divisible by 4"):
             tiny_config(num_attention_heads=1, attention_head_dim=9)
         with pytest.raises(ConfigError, match=r"num_blocks=3 \(copy_blocks\) must be below"):
             ControlBranch(tiny_config(), ControlConfig(num_blocks=3))
-        with pytest.raises(ConfigError, match="norm_type='layer_norm': a PixArt transformer has"):
+        with pytest.raises(ConfigError, match=r"norm_type='layer_norm': a PixArt transformer has"):
             read_diffusers_config({"norm_type": "layer_norm"})
-        with pytest.raises(ConfigError, match="is no PixArt transformer"):
+        with pytest.raises(ConfigError, match=r"is no PixArt transformer"):
             read_diffusers_config({"_class_name": "UNet2DConditionModel"})
 
     def test_weights(self, tmp_path):
@@ -375,18 +383,22 @@ class TestErrors:
             weights = dict(model.state_dict())
             del weights["proj_out.bias"]
             load_into(PixArtTransformer(model.shape), weights, source="file")
-        with pytest.raises(WeightsError, match="this looks like a ControlNet checkpoint"):
+        with pytest.raises(WeightsError, match=r"this looks like a ControlNet checkpoint"):
             layout.to_diffusers({f"base_model.{name}": x for name, x in official.items()})
-        with pytest.raises(WeightsError, match="looks like a LoRA file"):
+        with pytest.raises(WeightsError, match=r"looks like a LoRA file"):
             layout.to_diffusers({"base_model.model.proj_out.lora_A.weight": torch.zeros(1)})
-        sigma = {**official, layout.NULL_CAPTION: torch.zeros(300, 4), "blocks.0.q_norm": torch.ones(1)}
-        with pytest.raises(WeightsError, match="300 caption tokens: this looks like PixArt-Sigma"):
+        sigma = {
+            **official,
+            layout.NULL_CAPTION: torch.zeros(300, 4),
+            "blocks.0.q_norm": torch.ones(1),
+        }
+        with pytest.raises(WeightsError, match=r"300 caption tokens: this looks like PixArt-Sigma"):
             layout.to_diffusers(sigma)
         save_transformer(tmp_path, model)
         with torch.no_grad():
             model.proj_out.weight[0, 0] = float("nan")
         save_transformer(tmp_path, model)
-        with pytest.raises(WeightsError, match="proj_out.weight holds NaN or infinity"):
+        with pytest.raises(WeightsError, match=r"proj_out.weight holds NaN or infinity"):
             load_transformer(tmp_path / "transformer")
 
 

@@ -24,7 +24,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = [
             (case, layout_name)
             for case in cases(metafunc.config, has="config.json")
-            if {"class", "model"} <= case.about.keys() and (case.folder / "io.safetensors").is_file()
+            if {"class", "model"} <= case.about.keys()
+            and (case.folder / "io.safetensors").is_file()
             and "out" in case.io()
             for layout_name in ("official", "diffusers")
         ]  # fmt: skip
@@ -169,7 +170,10 @@ class TestLayouts:
                 encoder_hidden_states=io["y"][:, 0],
                 timestep=io["timestep"],
                 encoder_attention_mask=io["mask"][:, 0, 0],
-                added_cond_kwargs={"resolution": io.get("img_hw"), "aspect_ratio": io.get("aspect_ratio")},
+                added_cond_kwargs={
+                    "resolution": io.get("img_hw"),
+                    "aspect_ratio": io.get("aspect_ratio"),
+                },
                 return_dict=False,
             )[0]  # fmt: skip
             ours = model(latents, captions, conditions)

@@ -72,13 +72,14 @@ class TestLcmScheduler:
                         step = scheduler.step(
                             io[f"n{n}.model_output"][i], t, sample, noise=io[f"n{n}.noise"][i]
                         )
-                        assert relative_error(
-                            step.denoised, io[f"n{n}.{name}.denoised"][i]
-                        ) <= FORWARD
+                        assert (
+                            relative_error(step.denoised, io[f"n{n}.{name}.denoised"][i]) <= FORWARD
+                        )
                         if i + 1 < n or name == "diffusers":  # the official one re-noises its last
-                            assert relative_error(
-                                step.prev_sample, io[f"n{n}.{name}.prev_sample"][i]
-                            ) <= FORWARD
+                            assert (
+                                relative_error(step.prev_sample, io[f"n{n}.{name}.prev_sample"][i])
+                                <= FORWARD
+                            )
                         sample = step.prev_sample
 
 
@@ -183,9 +184,7 @@ class TestLcmLoss:
         )
         assert relative_error(start, io["student.pred_x0"]) <= FORWARD
         assert relative_error(prediction, io["model_pred"]) <= FORWARD
-        target, _ = consistency(
-            io["x_prev"], io["ema.eps"].double(), io["end.timesteps"], table
-        )
+        target, _ = consistency(io["x_prev"], io["ema.eps"].double(), io["end.timesteps"], table)
         assert relative_error(target, io["target"]) <= FORWARD
         assert relative_error(objective.loss, io["loss_huber"]) <= FORWARD
         l2 = lcm_objective(
@@ -218,9 +217,7 @@ class TestLcmLoss:
         )  # fmt: skip
         optimizer.step()
         with torch.no_grad():
-            for own, new in zip(
-                networks["ema"].parameters(), student.parameters(), strict=True
-            ):
+            for own, new in zip(networks["ema"].parameters(), student.parameters(), strict=True):
                 own.lerp_(new, 1 - about["ema_decay"])
         for prefix, role in (("student_after.", "student"), ("ema_after.", "ema")):
             after = layout.to_official(networks[role].state_dict())
@@ -264,9 +261,7 @@ def generated_weights(about: dict) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     mask = (1 << 64) - 1
     with np.errstate(over="ignore"):
-        for j, (key, shape) in enumerate(
-            zip(about["keys_in_order"], about["shapes"], strict=True)
-        ):
+        for j, (key, shape) in enumerate(zip(about["keys_in_order"], about["shapes"], strict=True)):
             count = int(np.prod(shape))
             offset = np.uint64(((about["seed"] + j + 1) * 0x9E3779B97F4A7C15) & mask)
             x = np.arange(count, dtype=np.uint64) + offset
@@ -321,9 +316,9 @@ class TestLora:
             assert next(iter(adapter.factors.values())).scale == about["scaling"]
             latents, captions, conditions = inputs(io)
             with torch.no_grad():
-                assert relative_error(
-                    model(latents, captions, conditions), io["out_base"]
-                ) <= FORWARD
+                assert (
+                    relative_error(model(latents, captions, conditions), io["out_base"]) <= FORWARD
+                )
                 adapters = Adapters(model)
                 adapters.add("stored", adapter)
                 out = model(latents, captions, conditions)

@@ -201,26 +201,30 @@ class TestControl:
         assert relative_error(raw, full) > 1e-3
 
     def test_what_is_missing(self, pipe, folder, tmp_path):
-        with pytest.raises(DataError, match="needs the edge detector: load the pipeline with hed="):
+        with pytest.raises(
+            DataError, match=r"needs the edge detector: load the pipeline with hed="
+        ):
             pipe(PROMPTS[0], control_image=picture(), control_type="hed", num_inference_steps=1)
-        with pytest.raises(DataError, match="3 control_images for 2 prompts and 2 images"):
+        with pytest.raises(DataError, match=r"3 control_images for 2 prompts and 2 images"):
             pipe(PROMPTS, control_image=[picture()] * 3, control_type="raw")
-        with pytest.raises(DataError, match="control_image of 1 x 1 is too small"):
+        with pytest.raises(DataError, match=r"control_image of 1 x 1 is too small"):
             pipe(PROMPTS, control_image=Image.new("RGB", (1, 1)), control_type="raw")
-        with pytest.raises(ConfigError, match="control_scale=3.0 must be 0 to 2"):
+        with pytest.raises(ConfigError, match=r"control_scale=3.0 must be 0 to 2"):
             pipe(PROMPTS, control_image=picture(), control_scale=3.0)
-        with pytest.raises(ConfigError, match="0 <= start < end <= 1"):
+        with pytest.raises(ConfigError, match=r"0 <= start < end <= 1"):
             pipe(PROMPTS, control_image=picture(), control_start=0.5, control_end=0.5)
         bare = tmp_path / "bare"
         write_model(bare, control=False)
         other = PixArtDeltaPipeline.from_pretrained(bare, device="cpu")
-        with pytest.raises(DataError, match="needs a control branch: load the pipeline with"):
+        with pytest.raises(DataError, match=r"needs a control branch: load the pipeline with"):
             other(PROMPTS[0], control_image=picture())
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
     def test_pictures_of_any_mode(self, pipe, mode):
         source = picture().convert("L") if mode == "I;16" else picture()
-        given = source.convert("I").point(lambda v: v * 256) if mode == "I;16" else source.convert(mode)
+        given = (
+            source.convert("I").point(lambda v: v * 256) if mode == "I;16" else source.convert(mode)
+        )
         made = latents(pipe, PROMPTS[0], control_image=given, control_type="raw",
                        num_inference_steps=1, seed=0)  # fmt: skip
         assert bool(made.isfinite().all())
@@ -242,9 +246,9 @@ class TestParts:
     def test_transformer_alone_in_the_official_layout(self, pipe, folder, tmp_path):
         official = layout.to_official(pipe.transformer.state_dict(), null_caption=pipe.null_caption)
         write_weights(tmp_path / "model.safetensors", official)
-        with pytest.raises(WeightsError, match="no autoencoder there; give its folder with vae="):
+        with pytest.raises(WeightsError, match=r"no autoencoder there; give its folder with vae="):
             PixArtDeltaPipeline.from_pretrained(tmp_path / "model.safetensors", device="cpu")
-        with pytest.raises(WeightsError, match="pickled checkpoints are read only by"):
+        with pytest.raises(WeightsError, match=r"pickled checkpoints are read only by"):
             PixArtDeltaPipeline.from_pretrained(tmp_path / "model.pth", device="cpu")
 
     def test_memory_recipe_gives_the_same(self, folder, pipe):
@@ -252,7 +256,7 @@ class TestParts:
         assert torch.equal(latents(small, PROMPTS, seed=1), latents(pipe, PROMPTS, seed=1))
         one, other = (p(PROMPTS[0], seed=1, num_inference_steps=1).images[0] for p in (small, pipe))
         assert one.tobytes() == other.tobytes()
-        with pytest.raises(ConfigError, match="compile=True captures where they are"):
+        with pytest.raises(ConfigError, match=r"compile=True captures where they are"):
             PixArtDeltaPipeline.from_pretrained(folder, device="cpu", memory="8gb", compile=True)
 
     @pytest.mark.parametrize("style", ["peft", "unet", "transformer"])
@@ -283,32 +287,35 @@ class TestParts:
         name = pipe.load_lora_weights(path)
         assert pipe.lcm_weights
         changed = pipe.transformer.proj_out.weight - before["proj_out.weight"]
-        product = tensors[f"{prefix}proj_out.lora_B.weight"] @ tensors[
-            f"{prefix}proj_out.lora_A.weight"
-        ]
+        product = (
+            tensors[f"{prefix}proj_out.lora_B.weight"] @ tensors[f"{prefix}proj_out.lora_A.weight"]
+        )
         assert relative_error(changed, scale * product) <= 1e-4
         assert pipe(PROMPTS[0], seed=0, num_inference_steps=1).records[0].adapters == {name: 1.0}
         pipe.adapters.set_scale(name, 0.5)
         halved = pipe.transformer.proj_out.weight - before["proj_out.weight"]
         assert relative_error(halved, 0.5 * scale * product) <= 1e-4
         pipe.load_lora_weights(path, name="other", scale=0.5)
-        assert relative_error(
-            pipe.transformer.proj_out.weight - before["proj_out.weight"], scale * product
-        ) <= 1e-4
+        assert (
+            relative_error(
+                pipe.transformer.proj_out.weight - before["proj_out.weight"], scale * product
+            )
+            <= 1e-4
+        )
         pipe.unload_lora_weights()
         after = pipe.transformer.state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
-        with pytest.raises(WeightsError, match="no adapter 'other'; there are none"):
+        with pytest.raises(WeightsError, match=r"no adapter 'other'; there are none"):
             pipe.unload_lora_weights("other")
 
     def test_adapters_of_another_model(self, pipe, tmp_path):
         path = tmp_path / "a.safetensors"
         write_weights(path, {"unet.mid.lora_A.weight": torch.zeros(2, 4),
                              "unet.mid.lora_B.weight": torch.zeros(4, 2)})  # fmt: skip
-        with pytest.raises(WeightsError, match="1 of 1 adapted layers are not in the transformer"):
+        with pytest.raises(WeightsError, match=r"1 of 1 adapted layers are not in the transformer"):
             pipe.load_lora_weights(path)
         write_weights(path, {"proj_out.weight": torch.zeros(2, 4)})
-        with pytest.raises(WeightsError, match="names are no adapter's"):
+        with pytest.raises(WeightsError, match=r"names are no adapter's"):
             read_adapter(path)
 
     def test_tiles_are_near_the_whole(self, pipe):
@@ -328,9 +335,10 @@ class TestParts:
         assert record["weights"].keys() == {"transformer", "vae"}
         again = pipe(record["prompt"], seed=record["seed"], num_inference_steps=record["steps"],
                      scheduler=record["scheduler"])  # fmt: skip
-        assert again.images[0].tobytes() == Image.open(tmp_path / "a.png").tobytes()
+        with Image.open(tmp_path / "a.png") as stored:
+            assert again.images[0].tobytes() == stored.tobytes()
         picture().save(tmp_path / "b.png")
-        with pytest.raises(DataError, match="holds no record"):
+        with pytest.raises(DataError, match=r"holds no record"):
             read_record(tmp_path / "b.png")
 
 
@@ -352,7 +360,7 @@ class TestErrors:
                 pipe(PROMPTS[0], **options)
         with pytest.raises(ConfigError, match=r"steps=6 must be 1 to 5 with strength=0.1"):
             pipe(PROMPTS[0], image=picture(), strength=0.1, num_inference_steps=6, scheduler="lcm")
-        with pytest.raises(DataError, match="give prompt or prompt_embeds"):
+        with pytest.raises(DataError, match=r"give prompt or prompt_embeds"):
             pipe()
 
     def test_single_scale_models_draw_one_size(self, tmp_path):
@@ -386,15 +394,15 @@ class TestErrors:
         vae = small_vae()
         vae.register_to_config(scaling_factor=0.13025)
         save_vae(tmp_path, vae)
-        with pytest.raises(WeightsError, match="0.13025 belongs to SDXL and PixArt-Sigma"):
+        with pytest.raises(WeightsError, match=r"0.13025 belongs to SDXL and PixArt-Sigma"):
             load_vae(tmp_path / "vae")
-        with pytest.raises(ConfigError, match="images look washed out"):
+        with pytest.raises(ConfigError, match=r"images look washed out"):
             PixArtLCMScheduler(beta_schedule="scaled_linear")
 
     def test_not_finite(self, pipe):
         with torch.no_grad():
             pipe.transformer.transformer_blocks[1].ff.net[2].bias[0] = float("inf")
-        with pytest.raises(NotFiniteError, match="in step 1 of 2 .timestep 999."):
+        with pytest.raises(NotFiniteError, match=r"in step 1 of 2 .timestep 999."):
             pipe(PROMPTS[0], num_inference_steps=2, seed=0, scheduler="lcm")
         captions = pipe.encode(PROMPTS[:1])
         from polyzoo.pixart_delta.model import Conditions
@@ -419,5 +427,5 @@ def test_scheduler_config_of_diffusers(folder, tmp_path):
     values["beta_schedule"] = "scaled_linear"
     path = tmp_path / "m" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="beta_schedule='scaled_linear', but PixArt was trained"):
+    with pytest.raises(ConfigError, match=r"beta_schedule='scaled_linear', but PixArt was trained"):
         PixArtDeltaPipeline.from_pretrained(tmp_path / "m", device="cpu")

@@ -15,7 +15,6 @@ from typing import Any
 from support.forks import Fork
 
 Work = Callable[[int], Any]
-_STUCK = 240  # seconds
 
 
 def free_port() -> int:
@@ -27,7 +26,8 @@ def free_port() -> int:
 class Ranks:
     """Runs a function of the rank in every process, as torchrun would start them."""
 
-    def __init__(self, work: Work, world: int, folder: Path) -> None:
+    def __init__(self, work: Work, world: int, folder: Path, *, patience: float = 100) -> None:
+        self.patience = patience
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         port = free_port()
@@ -42,7 +42,7 @@ class Ranks:
             "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
         # A process that waits for ever says where.
-        faulthandler.dump_traceback_later(_STUCK, exit=True, file=sys.stderr)
+        faulthandler.dump_traceback_later(self.patience, exit=True, file=sys.stderr)
         (self.folder / f"result{rank}.json").write_text(json.dumps(work(rank)))
 
     def results(self, timeout: float = 120) -> list[Any]:
@@ -62,4 +62,4 @@ class Ranks:
 
 def together(work: Work, world: int, folder: Path, timeout: float = 120) -> list[Any]:
     """Run a function in `world` processes and return their results."""
-    return Ranks(work, world, folder).results(timeout)
+    return Ranks(work, world, folder, patience=timeout - 20).results(timeout)

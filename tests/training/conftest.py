@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tqdm import tqdm
+
+# Its thread may hold tqdm's lock at the moment of a fork, and the child would wait for ever.
+tqdm.monitor_interval = 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

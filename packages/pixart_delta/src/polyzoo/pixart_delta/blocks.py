@@ -127,9 +127,7 @@ class TextAttention(Projections):
         """`(b, n, c)` to `(b, n, c)`."""
         q = self.to_q(x)
         if lengths.packed is None:
-            out = attention(
-                self.split_heads(q), text.keys, text.values, kv_lens=lengths.kv_lens
-            )
+            out = attention(self.split_heads(q), text.keys, text.values, kv_lens=lengths.kv_lens)
             return self.to_out[0](self.merge_heads(out))
         q = self.split_heads(q.reshape(1, -1, q.shape[2]))
         out = attention(q, text.keys, text.values, cu_seqlens=lengths.packed)

@@ -59,7 +59,9 @@ def buckets(resolution: int, *, training: bool = False) -> tuple[Bucket, ...]:
     )
 
 
-def nearest_bucket(height: float, width: float, resolution: int, *, training: bool = False) -> Bucket:
+def nearest_bucket(
+    height: float, width: float, resolution: int, *, training: bool = False
+) -> Bucket:
     """The bucket whose ratio is nearest to an image's; the first of two equally near."""
     if height <= 0 or width <= 0:
         raise DataError(f"an image of {height} x {width} has no aspect ratio")

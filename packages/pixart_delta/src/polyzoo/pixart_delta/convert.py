@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -75,9 +74,7 @@ def _read(config: ConvertConfig) -> dict[str, Tensor]:
     return convert_pickle(path)
 
 
-def _shape(
-    config: ConvertConfig, weights: dict[str, Tensor], null: Tensor | None
-) -> PixArtConfig:
+def _shape(config: ConvertConfig, weights: dict[str, Tensor], null: Tensor | None) -> PixArtConfig:
     shape = infer_shape(
         weights,
         source=str(config.source),

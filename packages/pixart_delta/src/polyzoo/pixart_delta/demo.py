@@ -94,9 +94,7 @@ def _pictures(made: PixArtOutput) -> list[Image.Image]:
     return made.images
 
 
-def _cell(
-    out: Path, name: str, picture: Image.Image, text: str, record: RunRecord | None
-) -> str:
+def _cell(out: Path, name: str, picture: Image.Image, text: str, record: RunRecord | None) -> str:
     shown = picture.resize((SHOWN, SHOWN), Image.Resampling.LANCZOS)
     out.mkdir(parents=True, exist_ok=True)
     save_png(shown, out / name, record)

@@ -35,7 +35,7 @@ def thinned(strength: Tensor, across: Tensor, down: Tensor) -> Tensor:
         across: `(b, 3, H, W)` horizontal differences.
         down: Vertical ones.
     """
-    horizontal = (across.abs().amax(1, keepdim=True) >= down.abs().amax(1, keepdim=True))
+    horizontal = across.abs().amax(1, keepdim=True) >= down.abs().amax(1, keepdim=True)
     wide = F.max_pool2d(F.pad(strength, (1, 1, 0, 0)), (1, 3), stride=1)
     tall = F.max_pool2d(F.pad(strength, (0, 0, 1, 1)), (3, 1), stride=1)
     ridge = strength >= torch.where(horizontal, wide, tall)

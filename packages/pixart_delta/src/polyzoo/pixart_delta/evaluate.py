@@ -26,7 +26,7 @@ from polyzoo.towers.retrieval import recall_at
 from polyzoo.towers.ridge import RidgeMap
 
 _SIDE = 98
-_RIDGE_PICTURES = 800
+_RIDGE_PICTURES = 400
 """Training pictures that the map from features to text vectors is fitted on."""
 
 
@@ -92,9 +92,7 @@ def main(config: EvalConfig) -> EvalReport:
     if edges:
         rows = [name for name in grids if name.startswith("edges")]
         _grid([real[:16], *(grids[name][:16] for name in rows)]).save(config.out / "control.png")
-    report = EvalReport(
-        config.split, measure.names, sets, edges, str(config.out)
-    )
+    report = EvalReport(config.split, measure.names, sets, edges, str(config.out))
     write_json(config.out / "figures.json", {**asdict(report), "rows": shown})
     return report
 
@@ -178,9 +176,7 @@ def _edges(
     grids["edges wanted"] = [
         Image.fromarray((row[0] * 255).byte().numpy()).convert("RGB") for row in wanted
     ]
-    grids["edges: with control"] = draw(
-        controls=real, num_inference_steps=steps, scheduler="lcm"
-    )
+    grids["edges: with control"] = draw(controls=real, num_inference_steps=steps, scheduler="lcm")
     grids["edges: without control"] = grids[f"lcm {steps}"]
     return {
         name.removeprefix("edges: "): round(

@@ -153,9 +153,7 @@ class FastTransformer:
             scale: `()` tensor that multiplies the control.
         """
         p = self.model.shape.patch_size
-        position = self.model.position(
-            latents.shape[2] // p, latents.shape[3] // p, latents.device
-        )
+        position = self.model.position(latents.shape[2] // p, latents.shape[3] // p, latents.device)
         multi = self.model.shape.multi_scale
         assert not multi or (conditions.size is not None and conditions.ratio is not None)  # noqa: S101
         size = conditions.size if multi else conditions.timestep

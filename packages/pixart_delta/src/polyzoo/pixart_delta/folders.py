@@ -1,8 +1,8 @@
 """A model's folder: its parts in diffusers' places, read strictly and written atomically.
 
 `transformer/`, `vae/`, `scheduler/`, `tokenizer/` and `text_encoder/` are diffusers' and
-transformers' own; `text/` holds the small model's words, `controlnet/` a control branch, `lora/NAME/`
-adapters in peft's layout, and `null_caption.safetensors` the learned-null caption.
+transformers' own; `text/` holds the small model's words, `controlnet/` a control branch,
+`lora/NAME/` adapters in peft's layout, and `null_caption.safetensors` the learned-null caption.
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def save_transformer(
             "mlp_ratio": model.shape.mlp_ratio,
             "caption_length": model.shape.caption_length,
         }
-    save_part(
-        folder / "transformer", model, config, dtype=dtype, int8=int8, metadata={KIND: kind}
-    )
+    save_part(folder / "transformer", model, config, dtype=dtype, int8=int8, metadata={KIND: kind})
 
 
 def load_transformer(

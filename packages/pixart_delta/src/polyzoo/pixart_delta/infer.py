@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from polyzoo.core.errors import DataError, UsageError
 from polyzoo.pixart_delta.buckets import RESOLUTIONS, prompt_flags
 from polyzoo.pixart_delta.options import InferConfig
@@ -197,10 +195,3 @@ def _groups(jobs: list[Job], batch: int) -> Iterator[list[Job]]:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "image"
-
-
-def open_png(path: str | Path) -> Image.Image:
-    """A drawn image, read into memory."""
-    with Image.open(path) as picture:
-        picture.load()
-        return picture

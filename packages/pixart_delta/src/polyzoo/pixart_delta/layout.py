@@ -121,7 +121,9 @@ def split_control(
     for name, tensor in weights.items():
         if name.startswith("base_model."):
             continue
-        match = re.fullmatch(r"controlnet\.(\d+)\.(copied_block|before_proj|after_proj)\.(.+)", name)
+        match = re.fullmatch(
+            r"controlnet\.(\d+)\.(copied_block|before_proj|after_proj)\.(.+)", name
+        )
         parts = None
         if match and match[2] != "copied_block":
             parts = {f"{match[2]}.{match[3]}": tensor}

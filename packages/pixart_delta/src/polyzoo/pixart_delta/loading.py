@@ -187,9 +187,7 @@ def _locate(
         return path, None
     if path.is_dir():
         return None, path
-    folder = resolve_folder(
-        name, revision=revision, local_files_only=local_files_only, token=token
-    )
+    folder = resolve_folder(name, revision=revision, local_files_only=local_files_only, token=token)
     _log.warning("%s: %s", name, LICENCE)
     return None, folder
 

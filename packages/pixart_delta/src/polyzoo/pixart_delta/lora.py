@@ -190,13 +190,17 @@ class Adapters:
         if name is None:
             self._active.clear()
         elif self._active.pop(name, None) is None:
-            raise WeightsError(f"no adapter {name!r}; there are {', '.join(self._active) or 'none'}")
+            raise WeightsError(
+                f"no adapter {name!r}; there are {', '.join(self._active) or 'none'}"
+            )
         self._merge()
 
     def set_scale(self, name: str, scale: float) -> None:
         """Weigh an adapter anew."""
         if name not in self._active:
-            raise WeightsError(f"no adapter {name!r}; there are {', '.join(self._active) or 'none'}")
+            raise WeightsError(
+                f"no adapter {name!r}; there are {', '.join(self._active) or 'none'}"
+            )
         self._active[name] = (self._active[name][0], scale)
         self._merge()
 

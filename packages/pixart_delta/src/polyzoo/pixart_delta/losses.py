@@ -90,9 +90,7 @@ def variational_bound(
     high = schedule.take(schedule.betas.log(), timestep, noisy)
     share = (interpolation + 1) / 2
     log_variance = share * high + (1 - share) * low
-    mean = schedule.posterior_mean(
-        schedule.predict_start(noisy, eps, timestep), noisy, timestep
-    )
+    mean = schedule.posterior_mean(schedule.predict_start(noisy, eps, timestep), noisy, timestep)
     true_mean = schedule.posterior_mean(start, noisy, timestep)
     divergence = 0.5 * (
         -1.0
@@ -102,9 +100,7 @@ def variational_bound(
         + (true_mean - mean) ** 2 * torch.exp(-log_variance)
     )
     likelihood = -discretised_log_likelihood(start, mean=mean, log_scale=0.5 * log_variance)
-    chosen = torch.where(
-        timestep.view(-1, *([1] * (start.ndim - 1))) == 0, likelihood, divergence
-    )
+    chosen = torch.where(timestep.view(-1, *([1] * (start.ndim - 1))) == 0, likelihood, divergence)
     return mean_flat(chosen) / math.log(2.0)
 
 

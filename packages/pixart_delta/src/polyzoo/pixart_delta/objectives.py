@@ -142,9 +142,7 @@ def lcm_objective(
     return Objective(loss)
 
 
-def dropped(
-    captions: Captions, drop: Tensor | None, null: Tensor, *, learned: bool
-) -> Captions:
+def dropped(captions: Captions, drop: Tensor | None, null: Tensor, *, learned: bool) -> Captions:
     """Captions with the null caption in some rows; the learned one keeps the caption's mask."""
     if drop is None:
         return captions
@@ -178,9 +176,7 @@ def stacked(first: Captions, second: Captions) -> Captions:
             torch.cat([first.states, second.states]), torch.cat([first.kv_lens, second.kv_lens])
         )
     assert isinstance(first, PackedCaptions) and isinstance(second, PackedCaptions)  # noqa: S101, PT018
-    return PackedCaptions(
-        torch.cat([first.tokens, second.tokens]), first.lengths + second.lengths
-    )
+    return PackedCaptions(torch.cat([first.tokens, second.tokens]), first.lengths + second.lengths)
 
 
 STEPS = TRAIN_STEPS

@@ -145,7 +145,7 @@ class ExtractConfig:
     bad_limit: int = 20
     """Unreadable images after which it stops; each is named."""
     prompt: str | None = None
-    """One prompt for a folder of images without captions (DreamBooth): --data is then the folder."""
+    """One prompt for a folder of images without captions (DreamBooth); --data is the folder."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
 

@@ -109,7 +109,7 @@ class PixArtDeltaPipeline(DiffusionPipeline):
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
         memory: Memory = "full",
-        compile: bool = False,  # noqa: A002 - what everybody calls it
+        compile: bool = False,
         controlnet: str | Path | None = None,
         hed: str | Path | None = None,
         vae: str | Path | None = None,
@@ -302,10 +302,12 @@ class PixArtDeltaPipeline(DiffusionPipeline):
             captions, negatives = self._texts(
                 plan, captions, negatives, num_images_per_prompt, clean_caption
             )
-        with times.stage("sources"):
-            with visiting(self.vae, self.compute_device, staged=self.memory != "full"):
-                control = self._control(plan)
-                start = source_latents(self.vae, image, plan, self.compute_device)
+        with (
+            times.stage("sources"),
+            visiting(self.vae, self.compute_device, staged=self.memory != "full"),
+        ):
+            control = self._control(plan)
+            start = source_latents(self.vae, image, plan, self.compute_device)
         with times.stage("transformer"):
             generators = self._generators(plan, generator)
             result = self._draw(
@@ -363,9 +365,7 @@ class PixArtDeltaPipeline(DiffusionPipeline):
             chosen, num_inference_steps, guidance_scale, lcm_weights=self.lcm_weights
         )
         if guidance <= 1 and (negative_prompt or negative_embeds is not None):
-            notes += (
-                "negative_prompt does nothing without guidance: set guidance_scale above 1",
-            )
+            notes += ("negative_prompt does nothing without guidance: set guidance_scale above 1",)
         if uncond == "learned_null" and self.null_caption is None:
             raise ConfigError(
                 "uncond='learned_null': this model was loaded without its null caption (diffusers' "

@@ -10,9 +10,7 @@ from torch import Tensor
 SCALAR_CHANNELS = 256
 
 
-def position_table(
-    rows: int, columns: int, *, width: int, base_size: int, scale: float
-) -> Tensor:
+def position_table(rows: int, columns: int, *, width: int, base_size: int, scale: float) -> Tensor:
     """Sine and cosine of the position of each token of a grid, row by row.
 
     Both directions are divided by their own length, so a 2:1 grid spans the same range twice.

@@ -81,9 +81,7 @@ class Predictor:
                 return self.fast.step(latents, conditions, self.kept)
             assert request is not None  # noqa: S101 - active says so
             scale = torch.tensor(request.scale, device=latents.device, dtype=latents.dtype)
-            return self.fast.step(
-                latents, conditions, self.kept, control=self.control, scale=scale
-            )
+            return self.fast.step(latents, conditions, self.kept, control=self.control, scale=scale)
         control = None
         if active:
             assert self.branch is not None and self.control is not None  # noqa: S101, PT018

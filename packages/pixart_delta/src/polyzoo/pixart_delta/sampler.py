@@ -85,9 +85,7 @@ class BucketSampler:
         for rows in self.buckets.values():
             order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
             count = least if self.balanced else len(rows) // self.batch_size
-            made += [
-                order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(count)
-            ]
+            made += [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(count)]
         order = torch.randperm(len(made), generator=generator).tolist()
         own = [made[i] for i in order][self.rank :: self.world_size]
         return own[: self.per_rank]

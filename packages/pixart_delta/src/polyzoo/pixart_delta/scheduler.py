@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -74,9 +75,9 @@ class PixArtLCMScheduler(SchedulerMixin, ConfigMixin):
         beta_start: float = BETA_START,
         beta_end: float = BETA_END,
         beta_schedule: str = "linear",
-        original_inference_steps: int = GRID_STEPS,
+        original_inference_steps: int = GRID_STEPS,  # noqa: ARG002 - read from self.config
         prediction_type: str = "epsilon",
-        timestep_spacing: str = "even",
+        timestep_spacing: str = "even",  # noqa: ARG002 - read from self.config
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         given = {
@@ -130,7 +131,7 @@ class PixArtLCMScheduler(SchedulerMixin, ConfigMixin):
             )
         else:
             points = [int(t) for t in timesteps]
-            falling = all(a > b for a, b in zip(points, points[1:], strict=False))
+            falling = all(a > b for a, b in pairwise(points))
             if not points or not falling or points[0] >= TRAIN_STEPS or points[-1] < 0:
                 raise ConfigError(
                     f"timesteps={points} must fall from at most {TRAIN_STEPS - 1} to at least 0"
@@ -227,7 +228,9 @@ def draw_like(
     """
     if isinstance(generator, Sequence):
         if len(generator) != len(sample):
-            raise ConfigError(f"{len(generator)} generators for {len(sample)} images: give one each")
+            raise ConfigError(
+                f"{len(generator)} generators for {len(sample)} images: give one each"
+            )
         rows = [draw_like(sample[:1], own) for own in generator]
         return torch.cat(rows)
     place = generator.device if generator is not None else sample.device

@@ -43,7 +43,9 @@ def control_latents(
     images = to_tensor(pictures).to(device)
     maps = control_maps(images, plan.control.kind, hed)
     latents = encode_images(vae, maps * 2 - 1).sample()
-    return latents if len(latents) == len(plan.seeds) else latents.expand(len(plan.seeds), -1, -1, -1)
+    return (
+        latents if len(latents) == len(plan.seeds) else latents.expand(len(plan.seeds), -1, -1, -1)
+    )
 
 
 def control_maps(images: Tensor, kind: str, hed: HedNetwork | None) -> Tensor:
@@ -61,9 +63,7 @@ def control_maps(images: Tensor, kind: str, hed: HedNetwork | None) -> Tensor:
     return hed(images.to(hed.norm.dtype)).edge.float().expand(-1, 3, -1, -1)
 
 
-def _prepared(
-    given: Picture | Sequence[Picture], plan: Plan, name: str
-) -> list[Image.Image]:
+def _prepared(given: Picture | Sequence[Picture], plan: Plan, name: str) -> list[Image.Image]:
     sources = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     images = len(plan.seeds)
     prompts = max(len(plan.negatives), 1)

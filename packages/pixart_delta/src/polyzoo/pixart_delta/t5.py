@@ -139,7 +139,9 @@ class T5Block(nn.Module):
 class _Stack(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.block = nn.ModuleList([T5Block(config, first=i == 0) for i in range(config.num_layers)])
+        self.block = nn.ModuleList(
+            [T5Block(config, first=i == 0) for i in range(config.num_layers)]
+        )
         self.final_layer_norm = T5LayerNorm(config)
 
 

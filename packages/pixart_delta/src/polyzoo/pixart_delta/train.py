@@ -117,7 +117,9 @@ def with_auto_lr(config: PixArtTrainConfig) -> Any:
     return replace(run, optim=replace(run.optim, lr=run.optim.lr * factor))
 
 
-def _train_vae(config: PixArtTrainConfig, material: Material) -> tuple[TrainResult, dict[str, float]]:
+def _train_vae(
+    config: PixArtTrainConfig, material: Material
+) -> tuple[TrainResult, dict[str, float]]:
     pictures = material.frozen["data"]
 
     def build() -> AutoencoderKL:
@@ -146,7 +148,10 @@ def _train_vae(config: PixArtTrainConfig, material: Material) -> tuple[TrainResu
     held = material.held.to(device)
     with torch.no_grad():
         means = torch.cat(
-            [vae.encode(to_unit(part)).latent_dist.mean for part in pictures.images.to(device).split(256)]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+            [
+                vae.encode(to_unit(part)).latent_dist.mean
+                for part in pictures.images.to(device).split(256)
+            ]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         )
         whiten(vae, means.mean((0, 2, 3)), means.std((0, 2, 3)))
     figures = {"psnr": psnr(vae, held)}

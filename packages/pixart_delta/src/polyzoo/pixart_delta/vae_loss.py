@@ -29,9 +29,7 @@ def vae_objective(
     latents = posterior.mean.float() + posterior.std.float() * noise
     found = vae.decode(latents).sample.float()
     pixels = (found - images).abs().mean()
-    edges = sum(
-        (found.diff(dim=axis) - images.diff(dim=axis)).abs().mean() for axis in (2, 3)
-    )
+    edges = sum((found.diff(dim=axis) - images.diff(dim=axis)).abs().mean() for axis in (2, 3))
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     coarse = sum(F.avg_pool2d(found - images, side).abs().mean() for side in (4, 8))

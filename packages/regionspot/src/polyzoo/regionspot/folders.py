@@ -21,8 +21,9 @@ from polyzoo.regionspot.model import RegionSpot
 from polyzoo.regionspot.sam_engine import SamEngine
 from polyzoo.regionspot.scene_engine import SceneEngine
 from polyzoo.regionspot.text import Tokenize, fingerprint
+from polyzoo.regionspot.words import SentenceText
 
-EMBEDDED = "embedded"
+EMBEDDED, MINILM = "embedded", "minilm"
 _ASSETS = Path(__file__).parent / "assets"
 _WEIGHTS = "model.safetensors"
 _TOWERS = "polyzoo.regionspot.towers"
@@ -38,7 +39,7 @@ def load_engine(
     local_files_only: bool = False,
 ) -> Engine:
     """Load a model and put it on its device; see `RegionSpotPipeline.from_pretrained`."""
-    if str(name_or_path) == EMBEDDED:
+    if str(name_or_path) in (EMBEDDED, MINILM):
         folder = _ASSETS / EMBEDDED
     else:
         folder = resolve_folder(
@@ -51,6 +52,9 @@ def load_engine(
                 f"{folder}: this model has its own tower; sam_weights and clip_weights do not apply"
             )
         model, words = scene_folder.load(folder)
+        if str(name_or_path) == MINILM:
+            basis = read_weights(_ASSETS / MINILM / "basis.safetensors")["basis"]
+            return SceneEngine(model, SentenceText(basis), device=device, name=MINILM)
         return SceneEngine(model, words, device=device, name=Path(folder).name)
     model = load_on_towers(folder, sam_weights=sam_weights, clip_weights=clip_weights)
     from polyzoo.core.assets.cache import cache_home

@@ -33,7 +33,7 @@ class InferConfig:
     on_invalid: OnInvalid = "error"
     """What happens to boxes that are empty or outside the image."""
     model: str = "embedded"
-    """Model folder, hub id, or embedded."""
+    """embedded, minilm (the same with a sentence encoder), a model folder, or a hub id."""
     sam_weights: Path | None = None
     """SAM's safetensors, for a model on SAM and CLIP."""
     clip_weights: Path | None = None
@@ -83,7 +83,7 @@ class EvalConfig:
     protocol: Literal["coco", "lvis", "top"] = "top"
     """coco and lvis compute AP with their libraries; top only top-1 and top-5 given boxes."""
     model: str = "embedded"
-    """Model folder, hub id, or embedded."""
+    """embedded, minilm (the same with a sentence encoder), a model folder, or a hub id."""
     sam_weights: Path | None = None
     """SAM's safetensors, for a model on SAM and CLIP."""
     clip_weights: Path | None = None

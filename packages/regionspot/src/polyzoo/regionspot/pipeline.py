@@ -148,7 +148,7 @@ class Session:
                 [self.mirrored], [_mirror(prompt.boxes, self.image.width)], independent=independent
             )[0]
             similarity = (similarity + flipped @ classifier.vectors.T) / 2
-        logits = classifier.scale * similarity + classifier.bias
+        logits = classifier.logits(similarity)
         rejected = torch.zeros(len(logits), dtype=torch.bool)
         if len(logits):
             if shown < logits.shape[1]:
@@ -207,8 +207,9 @@ class RegionSpotPipeline:
         """Load a model.
 
         Args:
-            name_or_path: "embedded" (in this package), a folder written by training or by
-                `polyzoo regionspot convert`, or a hub id.
+            name_or_path: "embedded" (in this package), "minilm" (the same with the sentence encoder
+                itself as its text side, an asset: any word, and better names), a folder written by
+                training or by `polyzoo regionspot convert`, or a hub id.
             device: auto, cpu, cuda, ...
             dtype: Of SAM, CLIP and the module; bfloat16 on a GPU where not given. The embedded
                 model always computes in float32.

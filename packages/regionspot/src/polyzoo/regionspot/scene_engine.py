@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from polyzoo.regionspot.engine import Proposals, View
 from polyzoo.regionspot.rle import Rle
 from polyzoo.regionspot.scene_model import SceneMaps, SceneSpot
 from polyzoo.regionspot.text import TextClassifier
-from polyzoo.regionspot.words import WordTable
+from polyzoo.regionspot.words import TextSide
 
 _MASK_GRID = 56
+_NEARNESS = 0.6
 _SINGLE_NAME = 0.35
 """Cosine at which one name alone scores one half."""
 
@@ -81,7 +82,7 @@ class SceneEngine:
     def __init__(
         self,
         model: SceneSpot,
-        words: WordTable,
+        words: TextSide,
         *,
         device: torch.device,
         name: str = "scenes",
@@ -129,7 +130,12 @@ class SceneEngine:
     def classifier(self, names: str | Sequence[str]) -> TextClassifier:
         """Turn names into class vectors."""
         scale = self.model.config.scale
-        return self.words.classifier(names, scale=scale, bias=-scale * _SINGLE_NAME)
+        made = self.words.classifier(names, scale=scale, bias=-scale * _SINGLE_NAME)
+        if not self.words.composed:
+            return made
+        # A mean of words is nearer to everything than a name read as a whole: take that away.
+        near = (made.vectors @ self.model.class_names.cpu().T).mean(1)
+        return replace(made, offsets=_NEARNESS * near)
 
     def _pixels(self, image: Image.Image) -> Tensor:
         side = self.model.config.side

@@ -13,6 +13,11 @@ _THRESHOLDS = (0.3, 0.5, 0.7)
 _LEAST_CELLS = 4
 _OVERLAP = 0.55
 _CANDIDATES = 200
+_LEAST_SHARE = 0.012
+"""Share of the image that a region found automatically must have."""
+_SIZE = 0.1
+_INSIDE = 0.8
+_PIECES = 8
 
 
 @torch.inference_mode()
@@ -29,10 +34,32 @@ def propose(maps: SceneMaps, *, limit: int, least: float = 0.12) -> Proposals:
     islands, island_scores = _islands(saliency)
     every = torch.cat([islands, boxes])
     ranked = torch.cat([island_scores, scores])
-    kept = ranked >= least
-    every, ranked = every[kept], ranked[kept]
-    rows = non_maximum(every, ranked, overlap=_OVERLAP)[:limit]
+    share = (every[:, 2:] - every[:, :2]).clamp(min=0).prod(1)
+    kept = (ranked >= least) & (share >= _LEAST_SHARE)
+    every, ranked, share = every[kept], ranked[kept], share[kept]
+    # A large thing is more likely to be what the picture is about.
+    order = ranked * share.pow(_SIZE)
+    rows = non_maximum(every, order, overlap=_OVERLAP)
+    rows = rows[_apart(every[rows])][:limit]
     return Proposals(every[rows], ranked[rows])
+
+
+def _apart(boxes: Tensor) -> Tensor:
+    """Rows of boxes, best first, that do not lie in a better one of at most a few times the size.
+
+    A small thing on a large one stays; a piece of the same thing goes.
+    """
+    kept: list[int] = []
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    for row, box in enumerate(boxes):
+        others = boxes[kept]
+        low, high = torch.maximum(box[:2], others[:, :2]), torch.minimum(box[2:], others[:, 2:])
+        both = (high - low).clamp(min=0).prod(1)
+        smaller = torch.minimum(area[row], area[kept])
+        alike = torch.maximum(area[row], area[kept]) < _PIECES * smaller
+        if not bool(((both > _INSIDE * smaller) & alike).any()):
+            kept.append(row)
+    return torch.tensor(kept, dtype=torch.long)
 
 
 @torch.inference_mode()

@@ -39,6 +39,8 @@ class TextClassifier:
     """Fingerprint of text tower, templates and cleaning."""
     bias: float = 0.0
     """Added to every logit; for towers trained with one."""
+    offsets: Tensor | None = None
+    """`(c,)`, subtracted from the cosines: how near a name is to everything."""
 
     def save(self, path: str | Path) -> None:
         """Write names and vectors to one safetensors file."""
@@ -46,7 +48,10 @@ class TextClassifier:
             "names": json.dumps(self.names), "scale": repr(self.scale), "source": self.source,
             "bias": repr(self.bias),
         }  # fmt: skip
-        write_weights(path, {"vectors": self.vectors}, metadata=about)
+        tensors = {"vectors": self.vectors}
+        if self.offsets is not None:
+            tensors["offsets"] = self.offsets
+        write_weights(path, tensors, metadata=about)
 
     @classmethod
     def load(cls, path: str | Path, *, source: str | None = None) -> TextClassifier:
@@ -73,13 +78,14 @@ class TextClassifier:
             scale=float(about["scale"]),
             source=about["source"],
             bias=float(about.get("bias", "0")),
+            offsets=tensors.get("offsets"),
         )
 
-    def to(self, device: torch.device | str) -> TextClassifier:
-        """Return it with its vectors on another device."""
-        return TextClassifier(
-            self.names, self.vectors.to(device), self.scale, self.source, self.bias
-        )
+    def logits(self, similarity: Tensor) -> Tensor:
+        """Return the logits of cosines `(..., c)`."""
+        if self.offsets is not None:
+            similarity = similarity - self.offsets
+        return self.scale * similarity + self.bias
 
 
 def class_vectors(clip: Any, tokens: Tensor, *, batch: int = 1024) -> Tensor:

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,51 @@ STOP = frozenset((
 _LEAST_PART = 3
 
 
+class TextSide(Protocol):
+    """What turns names into vectors for SceneSpot."""
+
+    source: str
+    """Shown in results."""
+    composed: bool
+    """Whether names are put together from words."""
+
+    def classifier(
+        self, names: str | Sequence[str], *, scale: float, bias: float = 0.0
+    ) -> TextClassifier:
+        """Turn names into class vectors."""
+        ...
+
+
+class SentenceText:
+    """all-MiniLM-L6-v2 itself, its vectors brought into the table's space."""
+
+    source = "all-MiniLM-L6-v2"
+    composed = False
+
+    def __init__(self, basis: Tensor) -> None:
+        """Read the asset.
+
+        Args:
+            basis: `(384, t)`.
+
+        Raises:
+            AssetError: The asset minilm has not been fetched.
+        """
+        from polyzoo.towers import load_text_tower
+
+        self._text = load_text_tower("minilm")
+        self._basis = basis.float()
+
+    def classifier(
+        self, names: str | Sequence[str], *, scale: float, bias: float = 0.0
+    ) -> TextClassifier:
+        """Turn names into class vectors."""
+        checked = check_names(names)
+        found = self._text.encode([clean_name(name) for name in checked]).float().cpu()
+        vectors = F.normalize(found @ self._basis, dim=-1)
+        return TextClassifier(checked, vectors, scale, self.source, bias)
+
+
 class WordTable:
     """A vector for each of some thousand words, in the space of MiniLM's sentence vectors.
 
@@ -39,6 +85,8 @@ class WordTable:
         >>> table.encode(["coffee cup", "red apple"]).shape
         torch.Size([2, 192])
     """
+
+    composed = True
 
     def __init__(self, words: Sequence[str], vectors: Tensor, weights: Tensor, last: float) -> None:
         """Build it.

@@ -163,7 +163,7 @@ def merge(model: Any) -> Any:
     return model.merge_and_unload()
 
 
-def _name_of(model: Any, wanted: nn.Module) -> str:
+def _name_of(model: Any, wanted: Any) -> str:
     """Return the last part of a module's name."""
     for name, module in model.named_modules():
         if module is wanted:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyzoo.core.errors import ConfigError, WeightsError
 from polyzoo.core.lazy import import_extra
@@ -161,8 +161,7 @@ def load_detokenizer(
     options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": local_files_only}
     try:
         if target == "image":
-            encoder = _NoEncoder(dtype)
-            pipeline = unclip_class().from_pretrained(str(name), image_encoder=encoder, **options)
+            pipeline = unclip_class().from_pretrained(str(name), image_encoder=None, **options)
         else:
             pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
                 str(name), safety_checker=None, **options
@@ -172,14 +171,6 @@ def load_detokenizer(
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{name}: is no diffusers pipeline: {first}") from error
     return Detokenizer(pipeline.to(device), target=target)
-
-
-class _NoEncoder(nn.Module):
-    """Stands where CLIP ViT-H would; diffusers only asks for its dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=False)
 
 
 @cache
@@ -201,24 +192,17 @@ def unclip_class() -> Any:
             generator: Any,
             image_embeds: Tensor,
         ) -> Tensor:
-            if image_embeds.ndim == 2:
-                return super()._encode_image(
-                    image,
-                    device,
-                    batch_size,
-                    num_images_per_prompt,
-                    do_classifier_free_guidance,
-                    noise_level,
-                    generator,
-                    image_embeds,
-                )
-            away, toward = (
+            del image, device, batch_size, num_images_per_prompt
+            parts = image_embeds if image_embeds.ndim == 3 else image_embeds[None]
+            noised = [
                 self.noise_image_embeddings(
                     image_embeds=part, noise_level=noise_level, generator=generator
                 )
-                for part in image_embeds
-            )
-            return torch.cat((away, toward))
+                for part in parts
+            ]
+            if do_classifier_free_guidance and len(noised) == 1:
+                noised.insert(0, torch.zeros_like(noised[0]))
+            return torch.cat(noised)
 
     return SeedUnCLIPPipeline
 

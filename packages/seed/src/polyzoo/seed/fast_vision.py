@@ -50,7 +50,7 @@ class FastVision(nn.Module):
                 stream, delta, block.norm2.weight, block.norm2.bias, block.norm2.eps
             )
             fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-            h = torch._addmm_activation(fc1.bias, h, fc1.weight.T, use_gelu=True)
+            h = torch.ops.aten._addmm_activation(fc1.bias, h, fc1.weight.T, use_gelu=True)
             delta = F.linear(h, fc2.weight, fc2.bias)
         return (stream + delta).to(dtype).view(shape)
 

@@ -117,10 +117,10 @@ def load_base(name: str | Path, *, local_files_only: bool = False) -> tuple[Any,
     source = str(asset_folder(str(name))) if str(name) in ASSETS else str(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+        options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
         model = AutoModelForCausalLM.from_pretrained(
-            source, local_files_only=local_files_only, attn_implementation=ATTENTION,
-            dtype=torch.float32,
-        )  # fmt: skip
+            source, local_files_only=local_files_only, **options
+        )
     except (OSError, ValueError) as error:
         raise WeightsError(f"{name}: is no causal language model: {_line(error)}") from error
     return model, tokenizer

@@ -153,13 +153,13 @@ class SeedModel(nn.Module):
 
     def decode_vectors(self, entries: Tensor) -> Decoded:
         """Return what codebook entries (b, n, code_dim) say; gradients pass."""
-        vectors = self.from_code(entries.to(self.from_code[0].weight.dtype))
+        vectors = self.from_code(entries.to(self.queries.dtype))
         causal = None if self.reconstruct is None else self.reconstruct(vectors)
         return Decoded(vectors, causal, self.head(self.prepare_head(vectors)))
 
     def context_of(self, codes: Tensor) -> Tensor:
         """Return (b, n, w) vectors of codes (b, n): what our small picture decoder looks at."""
-        vectors = self.from_code(self.quantizer.lookup(codes).to(self.from_code[0].weight.dtype))
+        vectors = self.from_code(self.quantizer.lookup(codes).to(self.queries.dtype))
         return self.prepare_head(vectors)
 
     def image_vectors(self, causal: Tensor) -> Tensor:

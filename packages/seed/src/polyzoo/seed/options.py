@@ -23,7 +23,7 @@ class PrepareConfig:
     """Folder of the files that pairs names."""
     vocabulary: int = 4096
     """Word pieces to keep."""
-    teacher: str = "minilm"
+    teacher: Literal["minilm", "wordllama"] = "minilm"
     """Sentence encoder whose vectors are written: minilm or wordllama."""
 
 

@@ -30,9 +30,10 @@ class TextPieces:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
-        self.pad = tokenizer.token_to_id("[PAD]")
-        if self.pad is None or tokenizer.token_to_id("[CLS]") is None:
+        pad = tokenizer.token_to_id("[PAD]")
+        if pad is None or tokenizer.token_to_id("[CLS]") is None:
             raise DataError("the text branch needs a tokenizer with [PAD] and [CLS]")
+        self.pad: int = pad
 
     @classmethod
     def load(cls, path: str | Path) -> TextPieces:

@@ -10,23 +10,29 @@ parameter, rounded up, to 16.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import deepspeed.runtime.zero.parameter_offload as hooks  # pyright: ignore[reportMissingImports]
-import deepspeed.runtime.zero.stage3 as deepspeed_stage3  # pyright: ignore[reportMissingImports]
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.stage3 import (  # pyright: ignore[reportMissingImports]
-    DeepSpeedZeroOptimizer_Stage3,
-)
 from torch import Tensor
 
 from polyzoo.training.strategies.host_adamw import HostAdamW
 from polyzoo.training.strategies.hostmemory import HostMemory
+
+if importlib.util.find_spec("deepspeed") is None:  # to be looked at, not used
+    hooks: Any = None
+    deepspeed_stage3: Any = None
+    DeepSpeedZeroOptimizer_Stage3: Any = object
+else:
+    hooks = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    deepspeed_stage3 = importlib.import_module("deepspeed.runtime.zero.stage3")
+    DeepSpeedZeroOptimizer_Stage3 = deepspeed_stage3.DeepSpeedZeroOptimizer_Stage3
 
 
 @dataclass(frozen=True, slots=True)

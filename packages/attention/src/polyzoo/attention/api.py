@@ -259,7 +259,5 @@ def _chosen_name(
     backend: str,
 ) -> str:
     """Choose while torch.compile traces: the name becomes part of the graph."""
-    chosen = choose(
-        Request(device, dtype, d, dv, features, scores), requested(backend)
-    ).backend
+    chosen = choose(Request(device, dtype, d, dv, features, scores), requested(backend)).backend
     return chosen.name  # pyright: ignore[reportOptionalMemberAccess]

@@ -6,7 +6,7 @@ from functools import cache
 
 from torch import Tensor
 
-from polyzoo.attention import operators
+from polyzoo.attention.attending import attend
 from polyzoo.attention.types import Call
 
 HEAD_DIM_LIMIT = 128
@@ -30,4 +30,4 @@ def serves_head(d: int) -> bool:
 
 def forward(call: Call) -> tuple[Tensor, Tensor | None]:
     """Attend in fp16; differentiable, deterministic, without any n x m tensor."""
-    return operators.attend(call, "cuda")
+    return attend(call, "cuda")

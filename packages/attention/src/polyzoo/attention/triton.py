@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from polyzoo.attention import operators
+from polyzoo.attention.attending import attend
 from polyzoo.attention.features import BIT
 from polyzoo.attention.types import Call
 
@@ -72,4 +72,4 @@ def _has_cudnn(device: torch.device) -> bool:
 
 def forward(call: Call) -> tuple[Tensor, Tensor | None]:
     """Attend; differentiable, deterministic, without any n x m tensor."""
-    return operators.attend(call, "triton")
+    return attend(call, "triton")

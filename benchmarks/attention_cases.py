@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polyzoo.attention import CuSeqlens
 from polyzoo.attention.kernels.problem import Problem
 
 
@@ -56,6 +57,22 @@ def normal(*shape):
     return lambda: torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
+def packed_case(name, what, h, d, lengths, *, right=-1):
+    """Sequences of these lengths behind each other, queries and keys alike."""
+    total = sum(lengths)
+
+    def build() -> Problem:
+        made = CuSeqlens.from_lengths(lengths, device="cuda")
+        return Problem(
+            **tensors(1, h, h, total, total, d), scale=d**-0.5, right=right,
+            cu_q=made.q, cu_k=made.k, max_q=made.max_q, max_k=made.max_k,
+        )  # fmt: skip
+
+    pairs = sum(n * n if right < 0 else n * (n + 1) / 2 for n in lengths)
+    return Case(name, what, build, 4.0 * h * pairs * d, 8.0 * d * h * total)
+
+
+LONG = [256 * (1 + (i * 7) % 16) for i in range(16)]
 ROBERTA = [60 + (i * 241) // 64 for i in range(64)]  # 60..297, mean 179.6
 CASES = (
     plain("P1", "PIXART 1024 self", 2, 16, 16, 4096, 4096, 72),
@@ -81,9 +98,19 @@ CASES = (
         rel_h=normal(100, 16, 196, 14), rel_w=normal(100, 16, 196, 14),
     ),
     plain(
+        "S1b", "SAM ViT-B global", 1, 12, 12, 4096, 4096, 64,
+        rel_h=normal(1, 12, 4096, 64), rel_w=normal(1, 12, 4096, 64),
+    ),
+    plain(
+        "S2b", "SAM ViT-B window, one image", 25, 12, 12, 196, 196, 64,
+        rel_h=normal(25, 12, 196, 14), rel_w=normal(25, 12, 196, 14),
+    ),
+    plain(
         "R1", "RoBERTa", 64, 12, 12, 512, 512, 64,
         pairs=512 * sum(ROBERTA) / 64, kv_lens=lengths(ROBERTA),
     ),
+    packed_case("R1p", "RoBERTa, packed", 12, 64, ROBERTA),
+    packed_case("R2p", "packed causal, 16 of 256 to 4096", 16, 128, LONG, right=0),
     plain("L1", "LLM train", 4, 32, 8, 2048, 2048, 128, right=0, pairs=2048 * 2049 / 2),
     plain("L2", "LLM decode", 8, 32, 8, 1, 8192, 128, backward=False),
     plain(
@@ -103,15 +130,16 @@ def floor_ms(case: Case, *, tflops: float = 751.0, gigabytes: float = 3020.0) ->
 
 
 def median_ms(run: Callable[[], object], *, target_ms: float = 40.0, graph: bool = True) -> float:
-    """Median over repeats of CUDA events, each with the L2 cache flushed before.
+    """Median over repeats of CUDA events, each with other data in the L2 cache.
 
-    With `graph` the calls are replayed from a CUDA graph, so that the time is the GPU's alone.
+    That data is read, not written: modified lines would be written back during what is timed. With
+    `graph` the calls are replayed from a CUDA graph, so that the time is the GPU's alone.
     """
     run()
     torch.cuda.synchronize()
     if graph:
         run = captured(run)
-    flush = torch.empty(64 << 20, dtype=torch.int8, device="cuda")
+    flush = torch.ones(32 << 20, dtype=torch.float32, device="cuda")
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(3):
@@ -124,7 +152,7 @@ def median_ms(run: Callable[[], object], *, target_ms: float = 40.0, graph: bool
         run()
     pairs = []
     for _ in range(repeats):
-        flush.zero_()
+        flush.sum()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()

@@ -45,6 +45,9 @@ def ours(problem: Problem, backend: str = "triton"):
         bias = DecomposedBias(problem.rel_h, problem.rel_w)
     window = None if problem.left < 0 else (problem.left, problem.right)
     causal = problem.left < 0 and problem.right == 0
+    lengths = None
+    if problem.cu_q is not None and problem.cu_k is not None:
+        lengths = CuSeqlens(problem.cu_q, problem.cu_k, problem.max_q, problem.max_k)
 
     def run():
         return attention(
@@ -54,6 +57,7 @@ def ours(problem: Problem, backend: str = "triton"):
             causal=causal,
             window=window,
             kv_lens=problem.kv_lens,
+            cu_seqlens=lengths,
             bias=bias,
             scale=problem.scale,
             backend=backend,
@@ -79,6 +83,9 @@ def peers(problem: Problem):
 
         return run
 
+    if problem.cu_q is not None:
+        yield "varlen_attn", already_packed(problem)
+        return
     if not described:
         for name, kernel in KERNELS.items():
             yield name, plain(kernel)
@@ -100,6 +107,23 @@ def peers(problem: Problem):
     yield "sdpa_mask", masked
     if problem.kv_lens is not None or problem.left >= 0:
         yield "varlen_attn", packed(problem)
+
+
+def already_packed(problem: Problem):
+    """Torch's packed kernel on the same packed tensors."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (t[0].transpose(0, 1) for t in (problem.q, problem.k, problem.v))
+    q, k, v = (t.detach().contiguous().requires_grad_(t.requires_grad) for t in (q, k, v))
+
+    def run():
+        return varlen_attn(
+            q, k, v, problem.cu_q, problem.cu_k, problem.max_q, problem.max_k,
+            scale=problem.scale, window_size=(-1, problem.right),
+        )  # fmt: skip
+
+    run.leaves = [q, k, v]  # pyright: ignore[reportFunctionMemberAccess]
+    return run
 
 
 def packed(problem: Problem):
@@ -145,6 +169,10 @@ def with_backward(run, inputs):
 
 def largest_error(problem: Problem, out: torch.Tensor) -> float:
     """Against float64 on the first batch item and head, at most 2048 queries."""
+    if problem.cu_q is not None:
+        first = int(problem.cu_q[1])
+        q, k, v = (t[:, :, :first] for t in (problem.q, problem.k, problem.v))
+        problem, out = replace(problem, q=q, k=k, v=v, cu_q=None, cu_k=None), out[:, :, :first]
     rows = slice(max(0, problem.queries - 2048), problem.queries)
     q = problem.q[:1, :1, rows].double()
     k, v = problem.k[:1, :1].double(), problem.v[:1, :1].double()
@@ -227,6 +255,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
     parser.add_argument("--quick", action="store_true", help="two cases, shortly")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compile cache")
     parser.add_argument("--target-ms", type=float, default=20.0, help="GPU time per measurement")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -238,6 +267,8 @@ def main() -> None:
     with context.Pool(options.workers) as pool:
         pool.map(compile_case, names, chunksize=1)
     print(f"compiled in {time.time() - began:.0f} s", file=sys.stderr)
+    if options.compile_only:
+        return
     device = torch.cuda.get_device_name()
     for name in names:
         for row in measure(BY_NAME[name], 5.0 if options.quick else options.target_ms):

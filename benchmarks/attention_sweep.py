@@ -17,13 +17,15 @@ import time
 import torch
 
 from attention_cases import BY_NAME, CASES, median_ms
+from polyzoo.attention.kernels import launch_short
 from polyzoo.attention.kernels.launch import forward
 from polyzoo.attention.kernels.launch_backward import Wanted, backward
 from polyzoo.attention.kernels.launch_decode import decode
 from polyzoo.attention.kernels.tuning import TileConfig
 
 FORWARD = [
-    (64, 32, 4, 3, False), (64, 64, 4, 2, False), (64, 64, 4, 3, False), (128, 32, 4, 3, False),
+    (64, 32, 4, 3, False), (64, 32, 4, 4, False), (64, 64, 4, 2, False),
+    (64, 64, 4, 3, False), (128, 32, 4, 3, False),
     (128, 64, 8, 2, False), (128, 64, 8, 3, False), (128, 64, 4, 3, False),
     (128, 128, 8, 2, False), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 64, 4, 4, True),
     (128, 64, 4, 3, True), (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 4, True),
@@ -40,6 +42,12 @@ BACKWARD_Q = [
     (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2),
     (128, 32, 8, 3), (64, 32, 4, 3), (128, 128, 8, 2),
 ]  # fmt: skip
+SHORT = [
+    (bm, waves, warps, stages)
+    for bm, warps in ((64, 4), (128, 8))
+    for waves in (2, 3, 5)
+    for stages in (2, 3)
+]  # fmt: skip
 DECODE = [
     (16, bn, warps, stages, splits)
     for bn in (64, 128)
@@ -47,6 +55,8 @@ DECODE = [
     for stages in (2, 3, 4)
     for splits in (4, 8, 16)
 ]
+
+KINDS = ("forward", "short", "backward_kv", "backward_q", "quick_kv", "quick_q", "decode")
 
 
 def jobs(names):
@@ -58,8 +68,10 @@ def jobs(names):
             continue
         small = name in ("Q1a", "Q1b")
         sizes_forward = FORWARD_SMALL + FORWARD[:4] if small else FORWARD
+        if name in ("P3a", "P3b", "S2", "S2b", "C2"):
+            yield from ((name, "short", sizes) for sizes in SHORT)
         for sizes in sizes_forward:
-            if not (sizes[4] and name in ("S1", "S2", "P3a", "P3b", "R1")):
+            if not (sizes[4] and name in ("S1", "S1b", "P3a", "P3b", "R1", "R1p", "R2p")):
                 yield name, "forward", sizes
         if case.backward and name != "D1":
             yield from ((name, "backward_kv", sizes) for sizes in BACKWARD_KV)
@@ -74,6 +86,10 @@ def runner(kind, sizes, problem, state):
     if kind == "decode":
         config = TileConfig(*sizes[:4])
         return lambda: decode(problem, config=config, splits=sizes[4])
+    if kind == "short":
+        block_m, waves, warps, stages = sizes
+        short = TileConfig(block_m, 0, warps, stages)
+        return lambda: launch_short.forward(problem, config=short, waves=waves)
     config = TileConfig(*sizes)
     if kind == "forward":
         return lambda: forward(problem, config=config)
@@ -118,6 +134,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one case, for half a minute")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--cases", default=",".join(case.name for case in CASES))
+    parser.add_argument("--kinds", default="", help="kernels, with commas between; all if empty")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compile cache")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds of timing")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -125,7 +143,8 @@ def main() -> None:
         return
     names = ["P3"] if options.quick else options.cases.split(",")
     budget = 30.0 if options.quick else options.budget
-    wanted = list(jobs(names))
+    kinds = options.kinds.split(",") if options.kinds else KINDS
+    wanted = [job for job in jobs(names) if job[1] in kinds]
     context = multiprocessing.get_context("spawn")
     began = time.time()
     shares = [wanted[i :: options.workers] for i in range(options.workers)]
@@ -135,6 +154,8 @@ def main() -> None:
     for process in processes:
         process.join()
     print(f"compiled {len(wanted)} in {time.time() - began:.0f} s", file=sys.stderr)
+    if options.compile_only:
+        return
     rows = []
     began = time.time()
     for name, kind, sizes, run in each(wanted):
@@ -150,7 +171,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     for name in names:
-        for kind in ("forward", "backward_kv", "backward_q", "quick_kv", "quick_q", "decode"):
+        for kind in KINDS:
             best = sorted(
                 (r for r in rows if (r["case"], r["kind"]) == (name, kind) and r["ms"] == r["ms"]),
                 key=lambda row: row["ms"],

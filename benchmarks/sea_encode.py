@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.encoder_loading import register_attention
-from polyzoo.sea.fused import FusedEncoder
-from polyzoo.sea.packing import PackedSequences
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.encoder_loading import register_attention
+from polyzoo.sea.encoding.fused import FusedEncoder
+from polyzoo.sea.encoding.packing import PackedSequences
 
 LONGEST, MEAN, PAD = 256, 150, 1
 

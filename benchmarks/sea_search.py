@@ -3,8 +3,10 @@
     python benchmarks/sea_search.py                      # installed transformers, embedded model
     python benchmarks/sea_search.py --repo FOLDER --model identifiers --jobs 2
 
-Queries are first lines of the package's own documentation, drawn with a seed. Without --index the
-index is made in a temporary folder. --updates edits a copy of the package, never the package.
+Queries are first lines of the package's own documentation, drawn with a seed. Files are edited in a
+copy of the package, never in the package. Copy and index are temporary unless --work keeps them; a
+second run with the same folder continues from there. "cold" lines are whole processes of the
+command line, from its start to its end.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ import random
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from polyzoo.sea.embedder import load_embedder
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import IndexConfig, SearchRequest
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.config import IndexConfig, SearchRequest
+from polyzoo.sea.search.embedder import load_embedder
+from polyzoo.sea.search.searcher import Searcher
+from polyzoo.sea.search.update import build_index
 
 
 def main() -> None:
@@ -34,13 +37,13 @@ def main() -> None:
     start = time.perf_counter()
     embedder = _embedder(arguments.model)
     _print("load", seconds=time.perf_counter() - start, model=embedder.model_id)
-    work = Path(tempfile.mkdtemp(prefix="sea-search-"))
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="sea-search-"))
     try:
-        repo = arguments.repo.resolve()
-        if arguments.updates:
-            repo = work / repo.name
-            shutil.copytree(arguments.repo, repo, ignore=shutil.ignore_patterns("__pycache__"))
-        folder = arguments.index or work / "index"
+        repo, folder = work / arguments.repo.name, work / "index"
+        if not repo.exists():
+            shutil.copytree(
+                arguments.repo, repo, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+            )
         config = IndexConfig(
             repo=repo,
             out=folder,
@@ -48,22 +51,52 @@ def main() -> None:
             keep_blocks=arguments.keep_blocks,
             jobs=arguments.jobs,
         )
-        report = build_index(config, embedder=embedder)
+        report = build_index(config, embedder=_embedder(arguments.model, bulk=True))
         _print(
             "index",
             seconds=report.seconds,
             units=report.units,
             encoded=report.encoded,
             copied=report.copied,
+            units_per_second=report.encoded / report.seconds,
             disk_mb=report.disk_bytes / 1e6,
             peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
         _print("index again", seconds=build_index(config, embedder=embedder).seconds)
         for number in range(arguments.updates):
-            _update(repo, config, embedder, number)
+            _edit(repo, number)
+            report = build_index(config, embedder=embedder)
+            _print(
+                "one edited file",
+                seconds=report.seconds,
+                changed=report.changed,
+                encoded=report.encoded,
+            )
+        if arguments.model != "identifiers":
+            _cold(repo, folder, arguments.updates)
         _latency(folder, embedder, arguments)
     finally:
-        shutil.rmtree(work)
+        if arguments.work is None:
+            shutil.rmtree(work)
+
+
+def _cold(repo: Path, folder: Path, count: int) -> None:
+    """Time whole processes: nothing to do, one edited file, one question."""
+    index = ["index", str(repo), "--out", str(folder)]
+    _process("cold, no change", index)
+    for number in range(count):
+        _edit(repo, count + number)
+        _process("cold, one edited file", index)
+    for _ in range(count):
+        _process("cold, one search", ["search", "load a checkpoint", "--index", str(folder)])
+
+
+def _process(what: str, arguments: list[str]) -> None:
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "polyzoo.core", "sea", *arguments], check=True, capture_output=True
+    )
+    _print(what, seconds=time.perf_counter() - start)
 
 
 def _latency(folder: Path, embedder, arguments: argparse.Namespace) -> None:
@@ -104,23 +137,17 @@ def _queries(searcher: Searcher, count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(good, min(count, len(good)))
 
 
-def _update(repo: Path, config: IndexConfig, embedder, number: int) -> None:
+def _edit(repo: Path, number: int) -> None:
+    """Add a function to some file."""
     files = sorted(repo.rglob("*.py"))
     path = files[(number * 997) % len(files)]
-    addition = f"\n\ndef added_by_the_benchmark_{number}(value):\n    return value + {number}\n"
+    addition = f"\n\ndef added_{time.time_ns()}(value):\n    return value + {number}\n"
     path.write_text(path.read_text(encoding="utf-8") + addition, encoding="utf-8")
-    report = build_index(config, embedder=embedder)
-    _print(
-        "one edited file",
-        seconds=report.seconds,
-        changed=report.changed,
-        encoded=report.encoded,
-    )
 
 
-def _embedder(model: str):
+def _embedder(model: str, *, bulk: bool = False):
     if model != "identifiers":
-        return load_embedder(model)
+        return load_embedder(model, bulk=bulk)
     # The encoder of the tests: no weights, and next to no time, so what is measured is the rest.
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from support.identifier_encoder import IdentifierEncoder
@@ -141,7 +168,7 @@ def _arguments() -> argparse.Namespace:
         "--repo", type=Path, help="folder to index; installed transformers if not given"
     )
     parser.add_argument("--quick", action="store_true", help="this repository, without a model")
-    parser.add_argument("--index", type=Path, help="keep the index here")
+    parser.add_argument("--work", type=Path, help="keep the package's copy and its index here")
     parser.add_argument("--model", default="embedded", help="SEA model, or `identifiers`")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--updates", type=int, default=3, help="files to edit, one at a time")

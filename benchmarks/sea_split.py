@@ -19,9 +19,9 @@ from pathlib import Path
 
 from polyzoo.core.errors import DataError
 from polyzoo.sea.config import SplitConfig
-from polyzoo.sea.languages import decode_source
+from polyzoo.sea.search.units import extract_units
 from polyzoo.sea.splitting import Pieces, split
-from polyzoo.sea.units import extract_units
+from polyzoo.sea.splitting.languages import decode_source
 
 PIECE = re.compile(r"\w{1,4}|[^\w\s]")
 

@@ -98,7 +98,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
     options = parser.parse_args()
+    if options.quick:
+        options.width, options.steps, options.repeats = 128, 40, 1
     device = torch.device(options.device)
     rows = Rows(options.width, options.batch * 100)
     times: dict[str, list[float]] = {"bare": [], "engine": []}

@@ -92,7 +92,11 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"precision": "int4"}, ValueError, '"exact", "int8" or "fp8"'),
     ({"precision": "int8"}, ValueError, 'sdpa: has no int8 .use precision="exact".*reference'),
     ({"precision": "fp8", "backend": "sdpa"}, ValueError, 'backend="sdpa" cannot .* no fp8'),
-    ({"backend": "flash"}, ValueError, "backend is 'flash'; backends are auto, reference, sdpa"),
+    (
+        {"backend": "flash"},
+        ValueError,
+        "backend is 'flash'; backends are auto, cuda, npu, reference",
+    ),
 ]
 
 

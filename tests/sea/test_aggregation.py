@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError
-from polyzoo.sea.aggregation import Aggregation, maxsim, released_kind
-from polyzoo.sea.config import Aggregator, SeaConfig
-from polyzoo.sea.segments import inner_products
+from polyzoo.sea.aggregation import Aggregation, maxsim, released_kind, soft_maxsim
+from polyzoo.sea.config import Aggregator, SeaConfig, SplitConfig
+from polyzoo.sea.encoding.segments import inner_products
+from polyzoo.sea.entries import entry_score
 
 COUNTS = (1, 4, 2, 7, 1)
 
@@ -28,7 +34,7 @@ def by_loop(module: Aggregation, x: torch.Tensor) -> torch.Tensor:
         part = x[first : first + count]
         first += count
         raw = {"mean": part.mean(0), "max": part.amax(0), "whole": part[0]}[module.raw]
-        if module.kind in ("mean", "maxsim"):
+        if module.kind in ("mean", "maxsim", "soft_maxsim"):
             rows.append(part.mean(0))
         elif module.kind == "max":
             rows.append(part.amax(0))
@@ -124,3 +130,66 @@ def test_scores_keep_float32_inside_autocast():
         best = maxsim(a, b, torch.arange(41))
     assert torch.equal(found, a @ b.T)
     assert torch.allclose(best, a @ b.T, atol=1e-6)
+
+
+class TestSoftMaxsim:
+    """The smooth maximum over entries, against a loop and in its limits."""
+
+    @given(
+        st.lists(st.integers(1, 6), min_size=1, max_size=5),
+        st.floats(0.005, 2.0),
+        st.floats(0.0, 2.0),
+        st.integers(0, 1000),
+    )
+    @settings(deadline=None, max_examples=60)
+    def test_equals_a_loop(self, counts: list[int], t: float, discount: float, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.nn.functional.normalize(torch.randn(sum(counts), 8, generator=generator), dim=1)
+        queries = torch.nn.functional.normalize(torch.randn(3, 8, generator=generator), dim=1)
+        starts = torch.tensor([0, *itertools.accumulate(counts)])
+        found = soft_maxsim(queries, x, starts, temperature=t, discount=discount)
+        for column, rows in enumerate(x.split(counts)):
+            s = (queries @ rows.T).double()
+            wanted = t * (torch.logsumexp(s / t, 1) - discount * math.log(len(rows)))
+            assert torch.allclose(found[:, column].double(), wanted, atol=1e-5)
+            shape = SeaConfig(aggregator="soft_maxsim", soft_temperature=t, count_discount=discount)
+            again = entry_score((queries @ rows.T).T.numpy(), shape)
+            np.testing.assert_allclose(again, wanted.numpy(), atol=1e-5)
+
+    def test_equal_entries_are_no_advantage(self):
+        x = torch.nn.functional.normalize(torch.randn(1, 8), dim=1)
+        starts = torch.tensor([0, 1, 6])
+        scores = soft_maxsim(torch.eye(8), x.expand(6, 8), starts, temperature=0.05)
+        assert torch.allclose(scores[:, 0], scores[:, 1], atol=1e-6)
+        more = soft_maxsim(torch.eye(8), x.expand(6, 8), starts, temperature=0.05, discount=0.5)
+        assert (more[:, 1] > more[:, 0]).all()
+
+    def test_between_mean_and_maximum(self):
+        x, starts = entries()
+        x, queries = x / 10, torch.randn(4, x.shape[1]) / 10
+        mean = Aggregation(x.shape[1], kind="mean")(x, starts).vectors
+        best = maxsim(queries, x, starts)
+        soft = soft_maxsim(queries, x, starts, temperature=0.1)
+        assert (soft <= best + 1e-6).all()
+        assert (soft >= queries @ mean.T - 1e-6).all()
+        sharp = soft_maxsim(queries, x, starts, temperature=1e-4)
+        assert torch.allclose(sharp, best, atol=1e-3)
+        flat = soft_maxsim(queries, x, starts, temperature=1e4)
+        assert torch.allclose(flat, queries @ mean.T, atol=5e-3)
+
+    def test_gradients_do_not_depend_on_the_scale(self):
+        x, starts = entries()
+        x = (x.detach() * 100).requires_grad_()  # exp of it alone would overflow
+        soft_maxsim(torch.randn(2, x.shape[1]), x, starts, temperature=0.01).sum().backward()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+
+    def test_settings_are_checked(self):
+        with pytest.raises(ConfigError, match=r"soft_temperature=0\.0 must be above 0"):
+            SeaConfig(soft_temperature=0.0)
+        with pytest.raises(ConfigError, match="count_discount=3 must be from 0 to 2"):
+            SeaConfig(count_discount=3)
+        with pytest.raises(ConfigError, match="head_pieces=-1 is too small"):
+            SeaConfig(head_pieces=-1)
+        with pytest.raises(ConfigError, match="whole_budget=0 is too small"):
+            SplitConfig(whole_budget=0)

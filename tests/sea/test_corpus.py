@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea import filters, licences
-from polyzoo.sea.corpus import build_corpus
-from polyzoo.sea.corpus_config import CorpusConfig
-from polyzoo.sea.corpus_report import render
-from polyzoo.sea.documentation import summary
+from polyzoo.sea.corpus import filters, licences
+from polyzoo.sea.corpus.build import build_corpus
+from polyzoo.sea.corpus.config import CorpusConfig
+from polyzoo.sea.corpus.report import render
 from polyzoo.sea.records import read_records
+from polyzoo.sea.splitting.documentation import summary
 from support.cli import run_cli
 from support.functions import LANGUAGES
 from support.packages_to_mine import SIX_LANGUAGES, function, npm, sdist, tree, wheel

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyzoo.sea.cuts import Border, choose_cuts
+from polyzoo.sea.splitting.cuts import Border, choose_cuts
 
 
 @st.composite

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea.encoder import PackedEncoder, set_dropout
-from polyzoo.sea.packing import PackedSequences
-from polyzoo.sea.segments import segment_ids
+from polyzoo.sea.encoding.encoder import PackedEncoder, set_dropout
+from polyzoo.sea.encoding.packing import PackedSequences
+from polyzoo.sea.encoding.segments import segment_ids
 from support.sea_models import sequences, tiny_roberta
 
 POOLINGS = ("cls", "mean", "pooler")

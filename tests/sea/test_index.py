@@ -15,10 +15,10 @@ import pytest
 
 from polyzoo.core.errors import ConfigError, DataError, LockedError
 from polyzoo.core.io import FolderLock
-from polyzoo.sea.index import CodeIndex
-from polyzoo.sea.layout import default_folder, find_folder
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import SearchRequest
+from polyzoo.sea.search.config import SearchRequest
+from polyzoo.sea.search.index import CodeIndex
+from polyzoo.sea.search.layout import default_folder, find_folder
+from polyzoo.sea.search.searcher import Searcher
 from support.cli import child_environment
 from support.identifier_encoder import IdentifierEncoder
 from support.indexed_repo import (

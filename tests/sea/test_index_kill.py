@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from polyzoo.core.errors import DataError, PolyzooError
-from polyzoo.sea.index import CodeIndex
-from polyzoo.sea.layout import current_generation
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import SearchRequest
+from polyzoo.sea.search.config import SearchRequest
+from polyzoo.sea.search.index import CodeIndex
+from polyzoo.sea.search.layout import current_generation
+from polyzoo.sea.search.searcher import Searcher
 from support.cli import child_environment
 from support.indexed_repo import SHAPES, IndexedRepo, assert_as_made_anew
 

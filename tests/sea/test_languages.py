@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea import languages
-from polyzoo.sea.parsing import LineIndex, ParsedSource, blank
+from polyzoo.sea.splitting import languages
+from polyzoo.sea.splitting.parsing import LineIndex, ParsedSource, blank
 from support.functions import LANGUAGES, stored_functions
 
 
@@ -51,7 +51,7 @@ class TestTable:
         # A module set to None in sys.modules is one that cannot be imported.
         code = (
             "import sys; sys.modules['tree_sitter_go'] = None\n"
-            "from polyzoo.sea import languages\n"
+            "from polyzoo.sea.splitting import languages\n"
             "from polyzoo.core.errors import MissingExtraError\n"
             "languages.get_language('python')\n"
             "try:\n    languages.parser('go')\n"
@@ -70,7 +70,8 @@ class TestTable:
     def test_importing_the_splitters_loads_no_grammar_and_no_torch(self):
         code = (
             "import sys\n"
-            "import polyzoo.sea.splitting, polyzoo.sea.units, polyzoo.sea.corpus\n"
+            "import polyzoo.sea.splitting.blocks, polyzoo.sea.search.units\n"
+            "import polyzoo.sea.corpus.build\n"
             "loaded = {'torch', 'transformers', 'tree_sitter', 'tree_sitter_python'}\n"
             "print(sorted(loaded & set(sys.modules)))\n"
         )

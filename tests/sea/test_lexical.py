@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyzoo.sea import lexical
+from polyzoo.sea.search import lexical
 
 
 @pytest.mark.parametrize(

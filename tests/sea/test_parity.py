@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from polyzoo.core.weights import load_into
-from polyzoo.sea import released
 from polyzoo.sea.aggregation import Aggregation, released_kind
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.convert import rename
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.encoder_loading import register_attention
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.encoder_loading import register_attention
 from polyzoo.sea.evaluation import released_rows
 from polyzoo.sea.losses import contrastive_loss
 from polyzoo.sea.metrics import Figures, answer_ranks, mean_reciprocal_rank, released_ranks
 from polyzoo.sea.model import SeaModel
+from polyzoo.sea.splitting import released
 from support.parity import case_folders
 from support.tokenizing import byte_pieces
 

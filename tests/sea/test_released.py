@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import DataError
-from polyzoo.sea import released
 from polyzoo.sea.config import SplitConfig
-from polyzoo.sea.splitting import split
+from polyzoo.sea.splitting import released, split
 from support.functions import stored_functions
 from support.tokenizing import byte_pieces, word_pieces
 

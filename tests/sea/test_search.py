@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea import results
-from polyzoo.sea.fusion import FUSION_OFFSET
-from polyzoo.sea.index import CodeIndex
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import SearchConfig, SearchRequest
+from polyzoo.sea.search import results
+from polyzoo.sea.search.config import SearchConfig, SearchRequest
+from polyzoo.sea.search.fusion import FUSION_OFFSET
+from polyzoo.sea.search.index import CodeIndex
+from polyzoo.sea.search.searcher import Searcher
+from polyzoo.sea.search.stores import Filter
+from polyzoo.sea.search.vector_ranking import rank_vectors
 from support.cli import run_cli, run_python
 from support.identifier_encoder import IdentifierEncoder
 from support.indexed_repo import IndexedRepo, small_repo
@@ -114,6 +118,57 @@ def test_maxsim_is_the_best_block(many):
     assert {hit.symbol for hit in hits[:5]} <= {units[unit].symbol for unit in order[:8]}
 
 
+@pytest.fixture(scope="module", params=["local", "qdrant"])
+def soft(tmp_path_factory, request):
+    """Functions of one to five blocks, some of them copies, under a model that keeps entries."""
+    if request.param == "qdrant":
+        pytest.importorskip("qdrant_client", reason="needs its extra")
+    generator = random.Random(4)
+    vocabulary = [f"{a}{b}" for a in ("read", "write", "open", "sort") for b in ("er", "s", "x")]
+    encoder = IdentifierEncoder(aggregator="soft_maxsim")
+    repo = IndexedRepo(tmp_path_factory.mktemp("soft"), encoder=encoder)
+    for number in range(40):
+        lines = generator.choice((3, 12, 25, 45))
+        body = "".join(
+            f"    {' + '.join(generator.choices(vocabulary, k=3))}\n" for _ in range(lines)
+        )
+        repo.write(f"m{number}.py", f"def {generator.choice(vocabulary)}_{number}():\n{body}")
+    repo.index(store=request.param)
+    for number in range(0, 40, 5):  # copied from what is there, not encoded
+        repo.write(f"copy{number}.py", (repo.root / f"m{number}.py").read_text())
+    assert repo.index().copied == 8
+    return repo
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.5])
+def test_soft_scores_use_all_entries(soft, discount):
+    """Oracle: every entry of every unit, multiplied and summed here."""
+    index = CodeIndex.open(soft.out)
+    index.settings = replace(
+        index.settings, sea=replace(index.settings.sea, count_discount=discount)
+    )
+    numbers = index.store(blocks=True).ids()
+    _, vectors = index.store(blocks=True).get(numbers)
+    query = soft.encoder.embed_queries(["reader sorts"])[0]
+    entries: dict[int, list[float]] = {}
+    for number, score in zip(numbers.tolist(), (vectors @ query).tolist(), strict=True):
+        entries.setdefault(number >> 12, []).append(score)
+    assert {len(found) for found in entries.values()} >= {1, 3, 4, 6}
+    t = index.settings.sea.soft_temperature
+    scores = {
+        unit: t * (math.log(sum(math.exp(s / t) for s in found)) - discount * math.log(len(found)))
+        for unit, found in entries.items()
+    }
+    order = sorted(scores, key=lambda unit: -scores[unit])
+    request = SearchRequest(query="reader sorts", mode="vector", top_k=1)
+    ranking = rank_vectors(index, query, request, Filter())
+    index.close()
+    np.testing.assert_allclose(
+        [score for _, score in ranking], [scores[unit] for unit in order], atol=1e-5
+    )
+    assert [unit for unit, _ in ranking[:5]] == order[:5]
+
+
 def test_maxsim_needs_blocks(repo):
     with pytest.raises(ConfigError, match=r"holds no block vectors.*--rebuild --keep-blocks"):
         repo.ask("area", maxsim=True)
@@ -163,8 +218,8 @@ def test_words_are_searched_without_a_model(repo):
         found = searcher.search(SearchRequest(query="area of circle", mode="lexical"))
     assert found.hits[0].symbol == "Circle.area"
     code = (
-        "import sys; from pathlib import Path; from polyzoo.sea.search import Searcher;"
-        "from polyzoo.sea.search_config import SearchRequest;"
+        "import sys; from pathlib import Path; from polyzoo.sea.search.searcher import Searcher;"
+        "from polyzoo.sea.search.config import SearchRequest;"
         "s = Searcher(Path(sys.argv[1]));"
         "r = s.search(SearchRequest(query='area of circle', mode='lexical'));"
         "assert r.hits and 'torch' not in sys.modules"

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from polyzoo.core.errors import ConfigError
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import SearchRequest
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.config import SearchRequest
+from polyzoo.sea.search.searcher import Searcher
+from polyzoo.sea.search.update import build_index
 from support.cli import run_cli
 from support.indexed_repo import SHAPES, IndexedRepo, small_repo
 from support.sea_models import encoder_folder

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea import released
 from polyzoo.sea.config import SplitConfig
-from polyzoo.sea.parsing import ParsedSource
-from polyzoo.sea.splitting import Split, split
+from polyzoo.sea.splitting import Split, released, split
+from polyzoo.sea.splitting.parsing import ParsedSource
 from support.functions import (
     LANGUAGES,
     Function,
@@ -195,6 +194,22 @@ class TestStoredFunctions:
         assert all(block.ids[:size] == found.whole[:size] for block in found.blocks)
         assert found.whole[:size] + [piece for body in bodies for piece in body] == found.whole
 
+    @pytest.mark.parametrize("most", [1, 7, 32])
+    def test_a_repeated_signature_is_cut(self, stored: Function, most: int):
+        config = replace(UNLIMITED, budget=60, repeat_signature=True)
+        config = replace(config, signature_pieces=most)
+        found = split(
+            stored.source, language=stored.language, config=config, tokenize=numbered_pieces
+        )
+        assert all(len(block.ids) <= 60 for block in found.blocks)
+        seen = list(found.blocks[0].ids)
+        for block in found.blocks[1:]:
+            size = next(place for place, piece in enumerate(block.ids) if place != piece)
+            assert 0 < size <= most
+            assert block.ids[:size] == found.whole[:size]
+            seen += block.ids[size:]
+        assert seen == found.whole
+
 
 class TestInstalledPackages:
     """Every function of some installed packages."""
@@ -335,9 +350,9 @@ class TestOddText:
     def test_a_signature_that_fills_the_budget_is_said(self):
         arguments = ", ".join(f"argument_{index}" for index in range(60))
         source = f"def f({arguments}):\n" + "    call()\n" * 20
-        config = replace(UNLIMITED, budget=100, repeat_signature=True)
+        config = replace(UNLIMITED, budget=100, repeat_signature=True, signature_pieces=1000)
         with pytest.raises(
-            DataError, match=r"budget=100.*signature of \d+ pieces.*repeat_signature"
+            DataError, match=r"budget=100.*signature of \d+ pieces.*signature_pieces=1000"
         ):
             split(source, language="python", config=config, tokenize=word_pieces)
 

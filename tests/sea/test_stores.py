@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import DataError
-from polyzoo.sea.stores import Filter, Points, StorePlace, open_store
-from polyzoo.sea.stores.local import LocalStore
+from polyzoo.sea.search.stores import Filter, Points, StorePlace, open_store
+from polyzoo.sea.search.stores.local import LocalStore
 
 DIM = 8
 ON_DISK = ("local", "local16", "qdrant", "lancedb")
@@ -335,7 +335,7 @@ class TestLocalFiles:
 
 def test_importing_the_interface_imports_no_engine():
     code = (
-        "import sys, polyzoo.sea.stores, polyzoo.sea.index;"
+        "import sys, polyzoo.sea.search.stores, polyzoo.sea.search.index;"
         "assert not {'lancedb', 'qdrant_client', 'pyarrow', 'torch'} & set(sys.modules)"
     )
     from support.cli import child_environment

@@ -16,13 +16,13 @@ from polyzoo.core.errors import ConfigError, Interrupted, WeightsError
 from polyzoo.core.weights import read_weights
 from polyzoo.sea.config import StudentConfig
 from polyzoo.sea.data import PairDataset, collate
+from polyzoo.sea.encoding.student import build_student, choose_pieces, count_pieces, retokenize
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.folders import build_bare, load_folder, save_folder
 from polyzoo.sea.objective import DistillBatch, distill_objective, pair_objective
 from polyzoo.sea.pipeline import SeaPipeline
 from polyzoo.sea.prepare import Preparation, prepare_file
 from polyzoo.sea.presets import PRESETS, DistillConfig, LossConfig, SeaTrainConfig, tiny
-from polyzoo.sea.student import build_student, choose_pieces, count_pieces, retokenize
-from polyzoo.sea.tokenizer import SeaTokenizer
 from polyzoo.sea.train import main
 from support.sea_models import encoder_folder, records, shape, write_jsonl
 

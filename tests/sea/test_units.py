@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.sea.config import SplitConfig
+from polyzoo.sea.search.units import Unit, extract_units
 from polyzoo.sea.splitting import split
-from polyzoo.sea.units import Unit, extract_units
 from support.functions import LANGUAGES, package_files
 from support.tokenizing import numbered_pieces
 

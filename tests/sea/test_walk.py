@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from polyzoo.core.errors import ConfigError, DataError
-from polyzoo.sea.walk import MAX_FILE_BYTES, Skipped, WalkRules, reason_to_skip, walk
+from polyzoo.sea.search.walk import MAX_FILE_BYTES, Skipped, WalkRules, reason_to_skip, walk
 
 
 def write(root: Path, *paths: str, text: str = "x = 1\n") -> None:

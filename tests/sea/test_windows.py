@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyzoo.core.errors import ConfigError
-from polyzoo.sea.windows import chop, window_ranges
+from polyzoo.sea.splitting.windows import chop, window_ranges
 
 
 @given(st.integers(0, 200), st.integers(1, 40), st.data())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polyzoo.sea.config import SeaConfig
-from polyzoo.sea.lexical import words
+from polyzoo.sea.search.lexical import words
 
 LINES_PER_BLOCK = 10
 
@@ -32,6 +32,7 @@ class LineSplit:
 class Embedded:
     vectors: np.ndarray
     block_vectors: list[np.ndarray]
+    entry_vectors: list[np.ndarray]
     splits: list[LineSplit]
 
 
@@ -56,7 +57,13 @@ class IdentifierEncoder:
             splits.append(LineSplit(tuple(blocks)))
             block_vectors.append(np.stack([self._embed(text) for text in texts]))
         vectors = np.stack([_unit(rows.mean(0)) for rows in block_vectors])
-        return Embedded(vectors, block_vectors, splits)
+        entries = block_vectors
+        if self.config.aggregator == "soft_maxsim":  # beside its blocks, a function of several
+            entries = [
+                np.vstack([rows, vector]) if len(rows) > 1 else rows
+                for rows, vector in zip(block_vectors, vectors, strict=True)
+            ]
+        return Embedded(vectors, block_vectors, entries, splits)
 
     def embed_queries(self, queries):
         return np.stack([self._embed(query) for query in queries])

@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from polyzoo.core.errors import PolyzooError
-from polyzoo.sea.search_config import IndexConfig
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.config import IndexConfig
+from polyzoo.sea.search.update import build_index
 from support.identifier_encoder import IdentifierEncoder
 
 

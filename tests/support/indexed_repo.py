@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from polyzoo.sea.index import CodeIndex
-from polyzoo.sea.index_report import IndexReport
-from polyzoo.sea.results import Hit, SearchResult
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import IndexConfig, SearchRequest
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.config import IndexConfig, SearchRequest
+from polyzoo.sea.search.index import CodeIndex
+from polyzoo.sea.search.index_report import IndexReport
+from polyzoo.sea.search.results import Hit, SearchResult
+from polyzoo.sea.search.searcher import Searcher
+from polyzoo.sea.search.update import build_index
 from support.identifier_encoder import IdentifierEncoder
 
 

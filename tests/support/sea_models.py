@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from polyzoo.sea.config import SeaConfig, SplitConfig
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.encoder_loading import register_attention
-from polyzoo.sea.random_encoder import build_random
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.encoder_loading import register_attention
+from polyzoo.sea.encoding.random_encoder import build_random
 
 VERBS = ("read", "write", "sort", "merge", "count", "hash", "open", "close", "print", "parse")
 NOUNS = ("file", "list", "table", "index", "user", "image", "number", "word", "path", "date")

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from polyzoo.core.errors import PolyzooError
-from polyzoo.sea.search_config import ServeConfig
-from polyzoo.sea.serve import serve
+from polyzoo.sea.search.config import ServeConfig
+from polyzoo.sea.search.serve import serve
 from support.identifier_encoder import IdentifierEncoder
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from polyzoo.core.errors import DataError
-from polyzoo.towers import RidgeMap, kernel_distance, propose, recall_at
+from polyzoo.towers import RidgeMap, image_batch, kernel_distance, propose, recall_at
 from polyzoo.towers.proposals import connected_parts
 from polyzoo.towers.retrieval import ranks_of
 from support.tower_samples import scene, small_dinov2
@@ -82,6 +82,21 @@ def test_ridge_finds_a_linear_rule_again() -> None:
     scores = F.normalize(new @ rule, dim=1) @ F.normalize(names, dim=1).T
     found = ridge(new) @ F.normalize(names, dim=1).T
     assert recall_at(found, scores.argmax(1))[1] == 1.0
+
+
+def test_scores_leave_out_what_all_texts_share() -> None:
+    x, y = noise(40, 9), noise(40, 4, seed=1) + 5.0
+    ridge = RidgeMap.fit(x, y, penalty=2.0)
+    new, texts = noise(3, 9, seed=2), noise(6, 4, seed=3) + 5.0
+    offsets = ((new.double() - ridge.mean) / ridge.scale) @ ridge.weight
+    expected = [
+        [F.cosine_similarity(a, t.double() - y.double().mean(0), dim=0).item() for t in texts]
+        for a in offsets
+    ]
+    found = ridge.scores(new, texts)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    again = RidgeMap(**ridge.tensors()).to("cpu")
+    torch.testing.assert_close(again.scores(new, texts), found, rtol=0, atol=0)
 
 
 def test_ridge_bears_features_that_never_change() -> None:
@@ -165,7 +180,7 @@ def test_connected_parts_are_those_of_a_flood(mask: np.ndarray) -> None:
 
 
 def test_proposals_lie_around_what_is_salient() -> None:
-    """With a head that copies one channel of the patches, saliency is known beforehand."""
+    """Together they are all pixels above the threshold, where none is dropped."""
     model = small_dinov2()
     picture = scene(200).resize((300, 200))
     found = propose(picture, model, side=140, threshold=0.5, least_share=0.0, limit=1000)
@@ -176,10 +191,8 @@ def test_proposals_lie_around_what_is_salient() -> None:
         assert 0 <= top < bottom <= 200
         assert 0.5 < proposal.score <= 1
     whole = sum(proposal.share for proposal in found)
-    import polyzoo.towers.pictures as pictures
-
     with torch.no_grad():
-        saliency = model.saliency(pictures.image_batch([picture], size=(98, 140)))
+        saliency = model.saliency(image_batch([picture], size=(98, 140)))
     assert whole == pytest.approx((saliency > 0.5).float().mean().item(), abs=1e-6)
     assert len(propose(picture, model, side=140, least_share=0.0, limit=1)) <= 1
 

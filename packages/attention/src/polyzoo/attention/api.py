@@ -13,6 +13,7 @@ from polyzoo.attention.features import (
     BIT,
     Precision,
     bias_features,
+    long_square,
     precision_feature,
     shape_features,
 )
@@ -207,11 +208,13 @@ def attention(
     scores = matrix_scores(b, h, n, m)
     if torch.compiler.is_compiling():
         # operator.index fixes a symbolic size: head sizes always, the matrix only where it is huge.
+        # Lengths stay symbolic, so what depends on them (`long_square`) is left out here.
         d, dv, scores = index(d), index(v.shape[3]), index(scores)
         name = _chosen_name(device, dtype, d, dv, features, scores, backend)
         out, lse = forwards()[name](call)
     else:
-        request = Request(device, dtype, d, v.shape[3], features, scores)
+        square = device.type == "cuda" and long_square(n, m, right == 0)
+        request = Request(device, dtype, d, v.shape[3], features, scores, square)
         chosen = choose(request, requested(backend)).backend
         out, lse = chosen.forward(call)  # pyright: ignore[reportOptionalMemberAccess]
     if not return_lse:

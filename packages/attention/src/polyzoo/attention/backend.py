@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +35,20 @@ class Backend:
     """Lowest CUDA compute capability."""
     max_cc: tuple[int, int] | None = None
     """Highest CUDA compute capability."""
+    auto_max_cc: tuple[int, int] | None = None
+    """Highest capability on which `auto` takes it; on newer GPUs it serves by name."""
     dtypes: frozenset[torch.dtype] = _FLOATS
     head_dims: Callable[[int], bool] | None = None
     """Tells whether a head size (keys' or values') is served; None is any."""
     head_dims_text: str = "any"
     """The same in words."""
     features: frozenset[str] = _EXACT
+    only_for: frozenset[str] = frozenset()
+    """Features that a call must ask for: without them it is not served, even by name."""
     matrix_for: frozenset[str] = frozenset()
     """Features that make it allocate an n x m matrix per head; "always" is every call."""
+    kept_back: Callable[[Any], str | None] | None = None
+    """Says why `auto` passes it over for a `registry.Request`: another one is faster."""
     by_name_only: tuple[tuple[str, str], ...] = ()
     """Features with which `auto` passes it over although it serves them, and what it then says."""
     available: Callable[[], str | None] = _always

@@ -102,7 +102,7 @@ def explain_call(config: ExplainConfig) -> Explanation:
             return_lse=config.lse,
             precision=config.precision,
             backward=config.backward,
-            device=torch.device(config.device),
+            device=config.device,
             dtype=dtype,
             backend=config.backend,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from polyzoo.attention.features import (
     BIT,
     Precision,
     bias_features,
+    long_square,
     precision_feature,
     shape_features,
 )
@@ -55,7 +57,8 @@ def explain(
         return_lse: As for `attention`.
         precision: As for `attention`.
         backward: Gradients are wanted, where q, k and v do not say so themselves.
-        device: Where the call would run; the device of q if left out.
+        device: Where the call would run; the device of q if left out. "sm_75" supposes a GPU of
+            that compute capability, whether or not there is one.
         dtype: In which dtype; that of q, or fp32 for shapes.
         backend: As for `attention`.
 
@@ -96,12 +99,21 @@ def explain(
     if precision != "exact":
         features |= precision_feature(precision)
     n, m = (q.shape[2], k.shape[2]) if cu_seqlens is None else (cu_seqlens.max_q, cu_seqlens.max_k)
+    where: torch.device | str = given if device is None else device
+    capability = _supposed(where)
     request = Request(
-        torch.device(device if device is not None else given),
+        torch.device("cuda" if capability else where),
         dtype or q.dtype,
         q.shape[3],
         v.shape[3],
         features,
         matrix_scores(q.shape[0], q.shape[1], n, m),
+        long_square(n, m, bool(features & BIT["causal"])),
+        capability,
     )
     return decide(request, requested(backend))
+
+
+def _supposed(device: torch.device | str) -> tuple[int, int] | None:
+    found = re.fullmatch(r"sm_(\d{1,2})(\d)[a-z]?", str(device))
+    return None if found is None else (int(found[1]), int(found[2]))

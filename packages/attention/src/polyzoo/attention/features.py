@@ -31,6 +31,8 @@ FEATURES = (
 )
 """What a call can ask for and a backend can offer."""
 
+_LONG = 256
+_COMMON = 128
 BIT = {name: 1 << index for index, name in enumerate(FEATURES)}
 
 
@@ -61,6 +63,15 @@ def bias_features(bias: Tensor | DecomposedBias) -> int:
         wants_grad = bias.requires_grad
         features = BIT["bias"]
     return features | BIT["bias_grad"] if wants_grad and torch.is_grad_enabled() else features
+
+
+def long_square(n: int, m: int, causal: bool) -> bool:
+    """Tell whether a call has as many keys as queries, and so many that cuDNN's kernel pays.
+
+    cuDNN plans every new shape anew, for a tenth of a second and more. Prompts have all lengths, so
+    a causal call counts only with a length that others are likely to have too.
+    """
+    return n == m and n >= _LONG and (not causal or n % _COMMON == 0)
 
 
 def precision_feature(precision: str) -> int:

@@ -1,4 +1,4 @@
-"""The Triton kernels as torch operators, `polyzoo::attention_forward` and `..._backward`.
+"""Our kernels as torch operators, `polyzoo::attention_forward` and `..._backward`.
 
 Eager code calls the autograd Function, which costs a tenth of an operator's dispatch; torch.compile
 sees the operators, with shapes, strides and gradients known to it. Tensors that are absent come
@@ -34,10 +34,13 @@ def run_forward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     keep_low: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and what rounding took from the output (empty unless `keep_low`)."""
-    from polyzoo.attention.kernels import launch, launch_decode, launch_short
+    """Output, log-sum-exp, and what rounding took from the output (empty unless `keep_low`).
+
+    `kernels` is "triton" or "cuda".
+    """
     from polyzoo.attention.kernels.problem import Problem, heads_last
 
     problem = Problem(
@@ -59,9 +62,16 @@ def run_forward(
         right=right,
         dropout=dropout,
     )
+    low = heads_last(q, v.shape[3]) if keep_low else None
+    if kernels == "cuda":
+        from polyzoo.attention.kernels import launch_cuda
+
+        out, lse = launch_cuda.forward(problem, low=low)
+        return out, lse, q.new_empty(0) if low is None else low
+    from polyzoo.attention.kernels import launch, launch_decode, launch_short
+
     few_keys = launch_short.suits(problem)
-    if keep_low:
-        low = heads_last(q, v.shape[3])
+    if low is not None:
         run = launch_short.forward if few_keys else launch.forward
         return (*run(problem, low=low), low)
     if launch_decode.suits(problem):
@@ -88,6 +98,7 @@ def _fake_forward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     keep_low: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, n, _ = q.shape
@@ -119,12 +130,12 @@ def run_backward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     need_q: bool,
     need_kv: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, bias, rel_h and rel_w; empty where not needed."""
-    from polyzoo.attention.kernels.launch_backward import Wanted, backward
     from polyzoo.attention.kernels.problem import Problem
 
     problem = Problem(
@@ -146,12 +157,22 @@ def run_backward(
         right=right,
         dropout=dropout,
     )
+    rest = low if low.numel() else None
+    if kernels == "cuda":
+        from polyzoo.attention.kernels import launch_cuda
+
+        made = launch_cuda.backward(
+            problem, out, lse, dout, low=rest, need_q=need_q, need_kv=need_kv
+        )
+        return tuple(q.new_empty(0) if t is None else t for t in (*made, None, None, None))  # pyright: ignore[reportReturnType]
+    from polyzoo.attention.kernels.launch_backward import Wanted, backward
+
     grads = backward(
         problem,
         out,
         lse,
         dout,
-        low=low if low.numel() else None,
+        low=rest,
         wanted=Wanted(q=need_q, kv=need_kv, bias=need_bias),
     )
     made = (grads.q, grads.k, grads.v, grads.bias, grads.rel_h, grads.rel_w)
@@ -180,6 +201,7 @@ def _fake_backward(
     left: int,
     right: int,
     dropout: float,
+    kernels: str,
     need_q: bool,
     need_kv: bool,
     need_bias: bool,

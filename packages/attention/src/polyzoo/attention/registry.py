@@ -13,51 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyzoo.attention import reference, sdpa, triton
 from polyzoo.attention.backend import Backend
+from polyzoo.attention.backend_table import AUTO_ORDER as AUTO_ORDER
+from polyzoo.attention.backend_table import BACKENDS
 from polyzoo.attention.features import BIT, FEATURES
 from polyzoo.attention.limits import MATRIX_LIMIT
+from polyzoo.attention.torch_build import build_problem
 from polyzoo.attention.types import Call
 from polyzoo.core.log import get_logger
 
 logger = get_logger(__name__)
 
-BACKENDS = (
-    Backend(
-        name="triton",
-        summary="our Triton kernels: split head sizes, described masks, deterministic gradients",
-        forward=triton.forward,
-        devices=frozenset({"cuda"}),
-        min_cc=(8, 0),
-        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
-        head_dims=triton.serves_head,
-        head_dims_text=f"multiples of 8 up to {triton.HEAD_DIM_LIMIT}",
-        # On an H100 torch's varlen_attn took 0.80 of the time of our kernel on the same sequences,
-        # which ours got padded, with kv_lens; our packed calls have not been timed against it.
-        by_name_only=(
-            ("varlen", "packed calls: torch's varlen_attn was faster than our padded call"),
-        ),
-        available=triton.unavailable,
-    ),
-    Backend(
-        name="sdpa",
-        summary="torch's scaled_dot_product_attention and its packed kernels",
-        forward=sdpa.forward,
-        matrix_for=frozenset({"relpos"}),
-    ),
-    Backend(
-        name="reference",
-        summary="fp32/fp64 matrix of scores: slow, obviously right",
-        forward=reference.forward,
-        matrix_for=frozenset({"always"}),
-    ),
-)
-
-AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "sdpa", "reference"),
-    "cpu": ("sdpa", "reference"),
-}
-"""What `backend="auto"` tries, by device type."""
 _OTHER_DEVICES = ("sdpa", "reference")
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -76,6 +42,10 @@ class Request(NamedTuple):
     """Bits of FEATURES."""
     scores: int
     """Elements of the largest score matrix, or 0 where it is small enough for every backend."""
+    long_square: bool = False
+    """As many keys as queries, and no few: see `features.long_square`."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability to suppose; that of the device here if left out."""
 
 
 @dataclass(frozen=True)
@@ -208,11 +178,13 @@ def refusal(backend: Backend, request: Request) -> str | None:
     problem = backend.available()
     if problem is None and backend.devices is not None and device.type not in backend.devices:
         problem = f"runs on {', '.join(sorted(backend.devices))}, this is {device}"
-    if problem is None and device.type == "cuda" and (backend.min_cc or backend.max_cc):
-        problem = _capability_problem(backend, device)
+    if problem is None and device.type == "cuda":
+        problem = _capability_problem(backend, request)
     if problem is None and request.dtype not in backend.dtypes:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in backend.dtypes))
         problem = f"computes {names}, not {str(request.dtype).removeprefix('torch.')}"
+        if request.dtype == torch.bfloat16 and torch.float16 in backend.dtypes:
+            problem += ": use torch.float16"
     if problem is None and backend.head_dims is not None:
         for size in (request.head_dim, request.value_dim):
             if not backend.head_dims(size):
@@ -221,10 +193,13 @@ def refusal(backend: Backend, request: Request) -> str | None:
     if problem is None:
         asked = {name for name in FEATURES if request.features & BIT[name]}
         missing = [name for name in FEATURES if name in asked - backend.features]
-        if missing:
+        if not backend.only_for <= asked:
+            wanted = ", ".join(f'precision="{name}"' for name in sorted(backend.only_for))
+            problem = f"serves only calls with {wanted}"
+        elif missing:
             problem = f"has no {', '.join(missing)}{_advice(missing)}"
         elif request.scores and backend.matrix_for & (asked | {"always"}):
-            problem = _matrix_problem(backend, request)
+            problem = _matrix_problem(backend, request, asked)
     return None if problem is None else f"{backend.name}: {problem}"
 
 
@@ -232,35 +207,57 @@ def _kept_back(backend: Backend, request: Request) -> str | None:
     for feature, why in backend.by_name_only:
         if request.features & BIT[feature]:
             return f"{backend.name}: by name only for {why}"
+    slower = None if backend.kept_back is None else backend.kept_back(request)
+    if slower is not None:
+        return f"{backend.name}: {slower}"
+    newest = backend.auto_max_cc
+    if newest is not None and (have := _capability(request)) is not None and have > newest:
+        return f"{backend.name}: by name only above sm_{newest[0]}{newest[1]}"
     return None
 
 
-def _capability_problem(backend: Backend, device: torch.device) -> str | None:
-    if not torch.cuda.is_available():
-        low, high = backend.min_cc, backend.max_cc
+def _capability(request: Request) -> tuple[int, int] | None:
+    """What the GPU of a request is, supposed or real."""
+    if request.capability is not None or request.device.type != "cuda":
+        return request.capability
+    return torch.cuda.get_device_capability(request.device) if torch.cuda.is_available() else None
+
+
+def _capability_problem(backend: Backend, request: Request) -> str | None:
+    low, high = backend.min_cc, backend.max_cc
+    have = request.capability
+    if have is not None:
+        this = f"this is sm_{have[0]}{have[1]}"
+    elif torch.cuda.is_available():
+        have = torch.cuda.get_device_capability(request.device)
+        this = f"this is {torch.cuda.get_device_name(request.device)} (sm_{have[0]}{have[1]})"
+    elif low or high:
         need = "from sm_{}{} on".format(*low) if low else "up to sm_{}{}".format(*high or "")
         return f"needs a GPU {need}, and there is none here to ask"
-    have = torch.cuda.get_device_capability(device)
-    this = f"this is {torch.cuda.get_device_name(device)} (sm_{have[0]}{have[1]})"
-    if backend.min_cc is not None and have < backend.min_cc:
-        return f"needs sm_{backend.min_cc[0]}{backend.min_cc[1]}, {this}"
-    if backend.max_cc is not None and have > backend.max_cc:
-        return f"ends at sm_{backend.max_cc[0]}{backend.max_cc[1]}, {this}"
-    return None
+    else:
+        return None
+    if low is not None and have < low:
+        return f"needs sm_{low[0]}{low[1]}, {this}"
+    if high is not None and have > high:
+        return f"ends at sm_{high[0]}{high[1]}, {this}"
+    return build_problem(have, torch.cuda.get_arch_list())
 
 
 def _advice(missing: list[str]) -> str:
     return ' (use precision="exact")' if {"int8", "fp8"} & set(missing) else ""
 
 
-def _matrix_problem(backend: Backend, request: Request) -> str | None:
+def _matrix_problem(backend: Backend, request: Request, asked: set[str]) -> str | None:
     size = request.scores * (8 if request.dtype == torch.float64 else 4)
     if "always" in backend.matrix_for:
         what = "its score matrix"
         instead = "smaller batches, or a backend that tiles"
-    else:
+    elif "relpos" in backend.matrix_for & asked:
         what = "bias=DecomposedBias(...) as a dense n x m bias"
         instead = "smaller batches, or smaller windows of the grid"
+    else:
+        what = f"{' and '.join(sorted(backend.matrix_for & asked))} as a dense n x m matrix"
+        instead = "cu_seqlens with causal or window in place of masks, or smaller batches"
     if size <= MATRIX_LIMIT:
         return None
     return f"{what} would take {size:,} bytes (limit {MATRIX_LIMIT:,}); use {instead}"

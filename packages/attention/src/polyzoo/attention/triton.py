@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from polyzoo.attention import operators
-from polyzoo.attention.types import Call, DecomposedBias
+from polyzoo.attention.attending import attend
+from polyzoo.attention.features import BIT
+from polyzoo.attention.types import Call
+
+if TYPE_CHECKING:
+    from polyzoo.attention.registry import Request
 
 HEAD_DIM_LIMIT = 256
+_CUDNN_HEADS = (64, 128)
+"""Head sizes at which cuDNN beat these kernels on an H100; at 72 to 96 it did not."""
+_CUDNN_VERSION = 90900
+_CUDNN = BIT["causal"] | BIT["gqa"]
+_FP32_BY_TORCH = _CUDNN | BIT["kv_lens"] | BIT["dv_ne_d"]
 
 
 @cache
@@ -27,35 +37,39 @@ def serves_head(d: int) -> bool:
     return 8 <= d <= HEAD_DIM_LIMIT and d % 8 == 0
 
 
+def kept_back(request: Request) -> str | None:
+    """Say why torch's function is the faster choice for a request, or return None.
+
+    Its CUDA kernels are not reproducible backward, so what has gradients stays here.
+    """
+    asked = request.features
+    if asked & BIT["backward"]:
+        return None
+    if not request.long_square:
+        return None
+    if request.dtype == torch.float32:
+        # Products of full precision have no tensor cores here. On an H100 they made SAM's encoder
+        # slower (47 ms) than the n x m matrices of the original do (23 ms).
+        return None if asked & ~_FP32_BY_TORCH else "fp32 without gradients: slow products"
+    if asked & ~_CUDNN or request.head_dim not in _CUDNN_HEADS:
+        return None
+    if request.value_dim != request.head_dim or not _has_cudnn(request.device):
+        return None
+    return "cuDNN, which torch's function takes here, is faster at this head size"
+
+
+@cache
+def _has_cudnn(device: torch.device) -> bool:
+    """Whether torch's function prefers cuDNN's kernel: on Hopper, where nothing switched it off."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return (
+        torch.cuda.get_device_capability(device) == (9, 0)
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and (torch.backends.cudnn.version() or 0) >= _CUDNN_VERSION
+    )
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor | None]:
     """Attend; differentiable, deterministic, without any n x m tensor."""
-    packed = call.cu_seqlens
-    bias, rel_h, rel_w = call.bias, None, None
-    if isinstance(bias, DecomposedBias):
-        bias, rel_h, rel_w = None, bias.rel_h, bias.rel_w
-    differentiable = (call.q, call.k, call.v, bias, rel_h, rel_w)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in differentiable
-    )
-    arguments = (
-        *differentiable,
-        call.mask,
-        call.kv_lens,
-        None if packed is None else packed.q,
-        None if packed is None else packed.k,
-        call.rng,
-        0 if packed is None else packed.max_q,
-        0 if packed is None else packed.max_k,
-        call.scale,
-        call.left,
-        call.right,
-        call.dropout,
-        needs_grad and call.q.dtype != torch.float32,
-    )
-    if torch.compiler.is_compiling():
-        out, lse, _ = operators.attention_forward(*arguments)
-        return out, lse.detach()
-    if needs_grad:
-        return operators.Attend.apply(*arguments)  # pyright: ignore[reportReturnType]
-    out, lse, _ = operators.run_forward(*arguments)
-    return out, lse
+    return attend(call, "triton")

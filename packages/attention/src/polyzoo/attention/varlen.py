@@ -1,27 +1,34 @@
-"""torch's packed attention on CUDA: the flash kernels, called with cumulative lengths."""
+"""torch's packed attention on CUDA: the flash kernels, called with cumulative lengths.
+
+torch's module is imported at the first call that may use it, never on a CPU: it brings the whole
+compiler along, more than a second.
+"""
 
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from polyzoo.attention.types import Call
 
-_ACCEPTED = inspect.signature(varlen_attn).parameters
-_HAS_WINDOWS = "window_size" in _ACCEPTED  # torch 2.10 has none: it is left alone
-_ASKS_FOR_GROUPS = "enable_gqa" in _ACCEPTED  # before torch 2.12 grouped heads were implied
-
 _HEAD_DIM_LIMIT = 256
+
+
+@cache
+def _accepted() -> frozenset[str]:
+    """Arguments of torch's function, which differ between versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether torch's packed kernels take these tensors."""
     return (
         q.is_cuda
-        and _HAS_WINDOWS
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] == v.shape[3]
         and q.shape[3] % 8 == 0
@@ -29,6 +36,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[2] > 0
         and k.shape[2] > 0
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and "window_size" in _accepted()  # torch 2.10 has none: it is left alone
     )
 
 
@@ -75,8 +83,10 @@ def _run(
     starts: tuple[Tensor, Tensor],
     longest: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None]:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
     arguments: dict[str, object] = {}
-    if _ASKS_FOR_GROUPS:
+    if "enable_gqa" in _accepted():  # before torch 2.12 grouped heads were implied
         arguments["enable_gqa"] = q.shape[1] != k.shape[1]
     if call.want_lse:
         arguments["return_aux"] = AuxRequest(lse=True)

@@ -45,16 +45,16 @@ def read_header(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             start = stream.read(8)
-            # A header's length may begin with a pickle's first byte too, but it is never so large
-            # that its upper half is not zero.
-            pickled = start[:1] == b"\x80" and any(start[4:])
-            if start[:2] == b"PK" or pickled:
+            length = int.from_bytes(start, "little")
+            limit = min(MAX_HEADER, file.stat().st_size - 8)
+            fits = len(start) == 8 and 2 <= length <= limit
+            # One header in 32 has a length that begins with a pickle's first byte.
+            if start[:4] == b"PK\3\4" or (start[:1] == b"\x80" and not fits):
                 raise WeightsError(
                     f"{file}: is a pickle (PyTorch checkpoint), not safetensors; renaming does not "
                     "make it safe to read, converting it does"
                 )
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, file.stat().st_size - 8):
+            if not fits:
                 raise WeightsError(f"{file}: is not safetensors, or its start is damaged")
             header = json.loads(stream.read(length), object_pairs_hook=_without_twins)
     except WeightsError:

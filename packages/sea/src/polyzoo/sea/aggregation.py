@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Aggregator, Raw
-from polyzoo.sea.segments import (
+from polyzoo.sea.encoding.segments import (
     inner_products,
     segment_ids,
     segment_max,
@@ -51,8 +51,8 @@ class Aggregation(nn.Module):
 
         Args:
             dim: Channels of an entry.
-            kind: How entries become one vector; "maxsim" has no single vector (see `maxsim`) and
-                gives the mean here.
+            kind: How entries become one vector; "maxsim" and "soft_maxsim" have no single vector
+                (see the functions of these names) and give the mean here.
             raw: What *_mean and *_sum add to the attention.
             multiply: Multiply every entry by the raw vector first (published option, never used).
         """
@@ -90,7 +90,7 @@ class Aggregation(nn.Module):
         owner = segment_ids(starts, x.shape[0])
         lengths = (starts[1:] - starts[:-1]).to(x.dtype)
         equal = (1 / lengths)[owner]
-        if self.kind in ("mean", "maxsim"):
+        if self.kind in ("mean", "maxsim", "soft_maxsim"):
             return Aggregated(segment_mean(x, starts, owner), equal)
         if self.kind == "max":
             return Aggregated(segment_max(x, owner, count), equal)
@@ -137,6 +137,31 @@ def maxsim(queries: Tensor, x: Tensor, starts: Tensor) -> Tensor:
     """(q, f) scores: the best entry of each function for each query."""
     owner = segment_ids(starts, x.shape[0])
     return segment_max(inner_products(x, queries), owner, starts.shape[0] - 1).T
+
+
+def soft_maxsim(
+    queries: Tensor, x: Tensor, starts: Tensor, *, temperature: float, discount: float = 1.0
+) -> Tensor:
+    """(q, f) scores: a smooth maximum over the entries of each function.
+
+    t log sum_i exp(s_i / t) - discount * t log n over the similarities s_i of n entries. At
+    discount 1 it is the mean in the space of exponentials: a function whose entries are all alike
+    scores as if it had one, so many entries are no advantage by themselves.
+
+    Args:
+        queries: (q, d).
+        x: (k, d) entries, function after function.
+        starts: (f + 1,) where each function's entries start.
+        temperature: t.
+        discount: How much of the logarithm of the number of entries is taken off.
+    """
+    count = starts.shape[0] - 1
+    owner = segment_ids(starts, x.shape[0])
+    scores = inner_products(x, queries) / temperature
+    top = segment_max(scores.detach(), owner, count)
+    total = segment_sum((scores - top[owner]).exp(), owner, count)
+    lengths = (starts[1:] - starts[:-1]).to(scores.dtype)
+    return (temperature * (top + total.log() - discount * lengths.log()[:, None])).T
 
 
 def released_kind(common_type: str, *, with_ave: bool) -> tuple[Aggregator, Raw]:

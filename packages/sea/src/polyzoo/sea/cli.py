@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from polyzoo.core.cli import Command, CommandGroup
-from polyzoo.sea.corpus_config import CorpusConfig
+from polyzoo.sea.corpus.config import CorpusConfig
 from polyzoo.sea.options import ConvertConfig, EmbedConfig, EvalConfig, PrepareConfig
 from polyzoo.sea.presets import PRESETS, SeaTrainConfig
-from polyzoo.sea.search_config import IndexConfig, SearchConfig, ServeConfig, StatusConfig
+from polyzoo.sea.search.config import IndexConfig, SearchConfig, ServeConfig, StatusConfig
 
 GROUP = CommandGroup(
     summary="Natural-language search over long code",
@@ -14,8 +14,8 @@ GROUP = CommandGroup(
         "build-corpus": Command(
             summary="Mine documented functions from packages, to train and evaluate on",
             config=CorpusConfig,
-            run="polyzoo.sea.corpus:build_corpus",
-            render="polyzoo.sea.corpus_report:render",
+            run="polyzoo.sea.corpus.build:build_corpus",
+            render="polyzoo.sea.corpus.report:render",
         ),
         "prepare": Command(
             summary="Tokenise and split a file once, to train or evaluate elsewhere",
@@ -48,25 +48,25 @@ GROUP = CommandGroup(
         "index": Command(
             summary="Make the index of a repository, or bring it up to date",
             config=IndexConfig,
-            run="polyzoo.sea.update:main",
-            render="polyzoo.sea.index_report:render",
+            run="polyzoo.sea.search.update:main",
+            render="polyzoo.sea.search.index_report:render",
         ),
         "search": Command(
             summary="Find code by what it does",
             config=SearchConfig,
-            run="polyzoo.sea.search:main",
-            render="polyzoo.sea.results:render",
+            run="polyzoo.sea.search.searcher:main",
+            render="polyzoo.sea.search.results:render",
         ),
         "status": Command(
             summary="Describe an index: counts, coverage, freshness",
             config=StatusConfig,
-            run="polyzoo.sea.status:main",
-            render="polyzoo.sea.status:render",
+            run="polyzoo.sea.search.status:main",
+            render="polyzoo.sea.search.status:render",
         ),
         "serve": Command(
             summary="Answer searches over loopback HTTP or stdio",
             config=ServeConfig,
-            run="polyzoo.sea.serve:main",
+            run="polyzoo.sea.search.serve:main",
         ),
     },
 )

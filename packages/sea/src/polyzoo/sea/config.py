@@ -21,6 +21,7 @@ Aggregator = Literal[
     "attn2_sum",
     "first",
     "maxsim",
+    "soft_maxsim",
 ]
 Raw = Literal["mean", "max", "whole"]
 
@@ -35,6 +36,8 @@ class SplitConfig:
     """fair loses nothing and counts encoder tokens; released repeats the published faults."""
     budget: int = 254
     """Encoder pieces a block may hold, without the special tokens."""
+    whole_budget: int | None = None
+    """Pieces of the truncated whole function, where it is an entry too; by default the budget."""
     window: int = 32
     """Items in a window; only for line, token and space, and for every released splitter."""
     step: int = 16
@@ -49,6 +52,8 @@ class SplitConfig:
     """A last block smaller than this is merged into the one before it."""
     repeat_signature: bool = False
     """Put the function's signature before every block; it counts toward the budget."""
+    signature_pieces: int = 32
+    """Pieces of a repeated signature at most; its name and first arguments come first."""
     keep_comments: bool = False
     """Leave comments in block text."""
     keep_docstrings: bool = False
@@ -56,7 +61,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         """Check that no setting loses text."""
-        for name in ("budget", "window", "step", "max_blocks"):
+        for name in ("budget", "window", "step", "max_blocks", "signature_pieces"):
             _at_least(name, getattr(self, name), 1)
         for name in ("min_line", "overlap", "min_tokens"):
             _at_least(name, getattr(self, name), 0)
@@ -65,10 +70,22 @@ class SplitConfig:
                 f"step={self.step} is larger than window={self.window}: the text between two "
                 "windows would be lost; choose step from 1 to window"
             )
+        if self.whole_budget is not None:
+            _at_least("whole_budget", self.whole_budget, 1)
         if self.overlap >= self.budget:
             raise ConfigError(
                 f"overlap={self.overlap} fills the whole budget={self.budget}: choose less"
             )
+
+    @property
+    def whole_pieces(self) -> int:
+        """Pieces of the truncated whole function."""
+        return self.budget if self.whole_budget is None else self.whole_budget
+
+    @property
+    def longest(self) -> int:
+        """Pieces of the longest sequence that is encoded."""
+        return max(self.budget, self.whole_pieces)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +115,13 @@ class SeaConfig:
     """What *_mean and *_sum add to the attention: mean or maximum of entries, or the whole."""
     include_whole: bool = True
     """Add the vector of the truncated whole function to the blocks."""
+    head_pieces: int = 0
+    """Add the vector of the function's first pieces alone, this many; 0 does not."""
+    soft_temperature: float = 0.05
+    """Of soft_maxsim: towards 0 the best entry alone counts, towards infinity all alike."""
+    count_discount: float = 1.0
+    """Of soft_maxsim: at 1 a function gains nothing by having many entries, at 0 it has as many
+    chances as entries."""
     split_identifiers: bool = False
     """Cut identifiers at camelCase borders before tokenising; offsets still refer to the text."""
     max_query_tokens: int = 128
@@ -108,6 +132,11 @@ class SeaConfig:
     """Fingerprint of the tokenizer this model was trained with; empty means unchecked."""
 
     @property
+    def keeps_entries(self) -> bool:
+        """Whether scores come from the entries, so that no single vector can stand for them."""
+        return self.aggregator in ("maxsim", "soft_maxsim")
+
+    @property
     def whole_entry(self) -> bool:
         """Whether functions of several blocks get the truncated whole as an entry."""
         return self.include_whole and self.aggregator != "maxsim"
@@ -115,6 +144,11 @@ class SeaConfig:
     def __post_init__(self) -> None:
         """Check the relations between fields."""
         _at_least("max_query_tokens", self.max_query_tokens, 4)
+        _at_least("head_pieces", self.head_pieces, 0)
+        if not self.soft_temperature > 0:
+            raise ConfigError(f"soft_temperature={self.soft_temperature} must be above 0")
+        if not 0 <= self.count_discount <= 2:
+            raise ConfigError(f"count_discount={self.count_discount} must be from 0 to 2")
         if self.raw == "whole" and not self.include_whole:
             raise ConfigError(
                 "raw='whole' needs include_whole=True: there is no whole-function vector to add"

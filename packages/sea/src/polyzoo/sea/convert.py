@@ -16,8 +16,8 @@ from polyzoo.core.errors import DataError, UsageError, WeightsError
 from polyzoo.core.io import atomic_write
 from polyzoo.core.weights import convert_pickle, load_into
 from polyzoo.sea.config import Aggregator, SeaConfig, SplitConfig
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.encoder_loading import empty_encoder
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.encoder_loading import empty_encoder
 from polyzoo.sea.folders import save_folder
 from polyzoo.sea.model import SeaModel
 from polyzoo.sea.model_sources import encoder_folder

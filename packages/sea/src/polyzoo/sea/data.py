@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from polyzoo.core.errors import DataError
+from polyzoo.sea.encoding.packing import PackedSequences, by_length
 from polyzoo.sea.losses import check_negatives, find_duplicates
-from polyzoo.sea.packing import PackedSequences, by_length
 from polyzoo.sea.prepared import Prepared
 
 
@@ -89,6 +89,7 @@ class PairDataset(Dataset[Pair]):
         *,
         include_whole: bool = True,
         only_whole: bool = False,
+        head_pieces: int = 0,
         extra: Prepared | None = None,
         extra_per_pair: int = 0,
         negatives: Sequence[Sequence[int]] | None = None,
@@ -100,13 +101,15 @@ class PairDataset(Dataset[Pair]):
             prepared: Pairs; every function has a query.
             include_whole: Give the truncated whole as an entry.
             only_whole: Give nothing else (the truncation twin).
+            head_pieces: As in `Prepared.entries`.
             extra: Functions without queries, dealt out in turn.
             extra_per_pair: How many of them per pair.
             negatives: For each pair, rows of `prepared` that look right and are wrong.
             negatives_per_pair: How many of them; pairs with fewer bring what they have.
         """
         self._prepared = prepared
-        self._how = {"include_whole": include_whole, "only_whole": only_whole}
+        self._include_whole, self._only_whole = include_whole, only_whole
+        self._head_pieces = head_pieces
         self._extra = extra if extra_per_pair else None
         self._extra_per_pair = extra_per_pair
         self._negatives = negatives
@@ -139,7 +142,14 @@ class PairDataset(Dataset[Pair]):
 
     def _function(self, prepared: Prepared, index: int) -> Function:
         return Function(
-            entries=tuple(prepared.entries(index, **self._how)),
+            entries=tuple(
+                prepared.entries(
+                    index,
+                    include_whole=self._include_whole,
+                    only_whole=self._only_whole,
+                    head_pieces=self._head_pieces,
+                )
+            ),
             query_hash=int(prepared.query_hash[index]),
             code_hash=int(prepared.code_hash[index]),
         )

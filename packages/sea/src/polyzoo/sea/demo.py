@@ -13,10 +13,10 @@ from pathlib import Path
 from polyzoo.core.demo import DemoSection
 from polyzoo.core.errors import PolyzooError
 from polyzoo.sea.pipeline import SeaPipeline
-from polyzoo.sea.results import Hit, SearchResult
-from polyzoo.sea.search import Searcher
-from polyzoo.sea.search_config import IndexConfig, SearchRequest
-from polyzoo.sea.update import build_index
+from polyzoo.sea.search.config import IndexConfig, SearchRequest
+from polyzoo.sea.search.results import Hit, SearchResult
+from polyzoo.sea.search.searcher import Searcher
+from polyzoo.sea.search.update import build_index
 
 _ACCEPTED = 3
 """An answer counts among the first so many, which are what the page shows."""
@@ -61,11 +61,12 @@ OWN_QUESTIONS = (
 def run(out: Path) -> DemoSection:
     """Index both, ask, and check the answers; the indexes stay in `out`."""
     pipeline = SeaPipeline.from_pretrained("embedded", device="cpu")
+    indexing = SeaPipeline.from_pretrained("embedded", device="cpu", dtype=SeaPipeline.bulk_dtype())
     # The parent of every installed part of the namespace: packages/ in a clone.
     own = Path(__file__).parents[4]
     parts = [
-        _ask(pipeline, _installed(LIBRARY), LIBRARY, LIBRARY_QUESTIONS, out / LIBRARY),
-        _ask(pipeline, own, "polyzoo", OWN_QUESTIONS, out / "polyzoo"),
+        _ask(pipeline, indexing, _installed(LIBRARY), LIBRARY, LIBRARY_QUESTIONS, out / LIBRARY),
+        _ask(pipeline, indexing, own, "polyzoo", OWN_QUESTIONS, out / "polyzoo"),
     ]
     latency = statistics.median(ms for part in parts for ms in part.milliseconds)
     units = " and ".join(f"{part.units:,} units of {part.name}" for part in parts)
@@ -93,10 +94,15 @@ class _Part:
 
 
 def _ask(
-    pipeline: SeaPipeline, repo: Path, name: str, questions: Sequence[Question], folder: Path
+    pipeline: SeaPipeline,
+    indexing: SeaPipeline,
+    repo: Path,
+    name: str,
+    questions: Sequence[Question],
+    folder: Path,
 ) -> _Part:
     start = time.perf_counter()
-    report = build_index(IndexConfig(repo=repo, out=folder), embedder=pipeline)
+    report = build_index(IndexConfig(repo=repo, out=folder), embedder=indexing)
     seconds = time.perf_counter() - start
     body, checks, milliseconds = [f"<h3>{html.escape(name)}</h3>"], [], []
     with Searcher(folder, embedder=pipeline) as searcher:

@@ -22,7 +22,7 @@ from polyzoo.sea.prepare import Preparation, prepare_file
 from polyzoo.sea.prepared import Prepared
 from polyzoo.sea.records import Record, read_records
 
-_UNTRAINED = ("mean", "max", "first", "maxsim")
+_UNTRAINED = ("mean", "max", "first", "maxsim", "soft_maxsim")
 
 
 @dataclass(frozen=True)

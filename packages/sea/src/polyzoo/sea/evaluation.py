@@ -16,11 +16,11 @@ import torch
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_write
+from polyzoo.sea.encoding.segments import inner_products
 from polyzoo.sea.metrics import Figures, answer_ranks, by_length
 from polyzoo.sea.model import CodeVectors, SeaModel
 from polyzoo.sea.options import Protocol, Ties
 from polyzoo.sea.prepared import Prepared
-from polyzoo.sea.segments import inner_products
 
 _QUERIES_AT_ONCE = 512
 _CSN_POOL = 1000
@@ -128,7 +128,11 @@ class Embedded:
 
 def embed(model: SeaModel, queries: Prepared, codebase: Prepared) -> Embedded:
     """Encode everything once; each candidate alike."""
-    entries, starts = codebase.all_entries(include_whole=model.config.whole_entry)
+    entries, starts = codebase.all_entries(
+        include_whole=model.config.whole_entry,
+        only_whole=model.config.aggregator == "first",
+        head_pieces=model.config.head_pieces,
+    )
     codes = model.embed_codes(entries, starts)
     asked = model.embed_queries([queries.query(row) for row in range(len(queries))])
     check_finite(asked, [f"query of {url}" for url in queries.urls])

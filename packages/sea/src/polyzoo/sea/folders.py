@@ -7,7 +7,6 @@ low-rank change of a named encoder is (config.adapter is set), and the encoder i
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,13 +20,13 @@ from polyzoo.core.errors import ConfigError, WeightsError
 from polyzoo.core.io import atomic_folder
 from polyzoo.core.weights import FILE_NAME, load_into, read_weights, write_weights
 from polyzoo.sea.config import AdapterConfig, SeaConfig
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.encoder_loading import empty_encoder
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.encoder_loading import empty_encoder
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
+from polyzoo.sea.identity import fingerprint
 from polyzoo.sea.model import SeaModel
-from polyzoo.sea.model_sources import encoder_folder
-from polyzoo.sea.tokenizer import SeaTokenizer
+from polyzoo.sea.model_sources import CONFIG_NAME, encoder_folder
 
-CONFIG_NAME = "config.json"
 ENCODER_FOLDER = "encoder"
 SELF = "self"
 _TOKENIZER_FILES = (
@@ -64,7 +63,7 @@ def build_bare(config: SeaConfig, *, local_files_only: bool = False) -> LoadedMo
     folder = encoder_folder(config.encoder, local_files_only=local_files_only)
     encoder = PackedEncoder.from_folder(folder, pooling=config.pooling)
     encoder.probe()
-    return _checked(SeaModel(encoder, config), config, folder, extra=b"")
+    return _checked(SeaModel(encoder, config), config, folder, own=None)
 
 
 def load_folder(folder: str | Path, *, local_files_only: bool = False) -> LoadedModel:
@@ -74,7 +73,6 @@ def load_folder(folder: str | Path, *, local_files_only: bool = False) -> Loaded
         raise WeightsError(f"{folder}: no {CONFIG_NAME}; a folder written by training is wanted")
     config = configs.load(SeaConfig, folder / CONFIG_NAME)
     tensors = read_weights(folder / FILE_NAME, dtype=torch.float32)
-    content = (folder / CONFIG_NAME).read_bytes() + (folder / FILE_NAME).read_bytes()
     if config.adapter is not None:
         base = encoder_folder(config.encoder, beside=folder, local_files_only=local_files_only)
         encoder = PackedEncoder.from_folder(base, pooling=config.pooling)
@@ -82,13 +80,13 @@ def load_folder(folder: str | Path, *, local_files_only: bool = False) -> Loaded
         model = SeaModel(encoder, config)
         rest = _merge(encoder.model, tensors, config.adapter.scale, source=str(folder))
         load_into(model.aggregation, rest, source=str(folder))
-        return _checked(model, config, base, extra=content)
+        return _checked(model, config, base, own=folder)
     base = encoder_folder(config.encoder, beside=folder, local_files_only=local_files_only)
     encoder = PackedEncoder(empty_encoder(base, pooling=config.pooling), pooling=config.pooling)
     model = SeaModel(encoder, config)
     load_into(model, tensors, source=str(folder / FILE_NAME))
     encoder.probe()
-    return _checked(model, config, base, extra=content)
+    return _checked(model, config, base, own=folder)
 
 
 def save_folder(
@@ -146,7 +144,7 @@ def save_folder(
     return folder
 
 
-def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, extra: bytes) -> LoadedModel:
+def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, own: Path | None) -> LoadedModel:
     tokenizer = SeaTokenizer.from_folder(folder, split_identifiers=config.split_identifiers)
     if config.tokenizer_sha256 and config.tokenizer_sha256 != tokenizer.sha256:
         raise ConfigError(
@@ -154,7 +152,7 @@ def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, extra: bytes) 
             f"({tokenizer.sha256[:12]} instead of {config.tokenizer_sha256[:12]})"
         )
     model.encoder.check(
-        budget=config.split.budget,
+        budget=config.split.longest,
         special=tokenizer.special.count,
         pad_id=tokenizer.special.pad_id,
         vocab_size=tokenizer.vocab_size,
@@ -166,9 +164,9 @@ def _checked(model: SeaModel, config: SeaConfig, folder: Path, *, extra: bytes) 
         vocab_size=tokenizer.vocab_size,
     )
     model.eval()
-    plain = str(sorted(configs.dump(config).items())).encode()
-    digest = hashlib.sha256(plain + extra + _probe(model.encoder.model).numpy().tobytes())
-    return LoadedModel(model, tokenizer, config, folder, digest.hexdigest())
+    elsewhere = own is None or config.encoder != SELF
+    probe = _probe(model.encoder.model).numpy().tobytes() if elsewhere else b""
+    return LoadedModel(model, tokenizer, config, folder, fingerprint(config, own, probe=probe))
 
 
 def _probe(model: nn.Module) -> Tensor:

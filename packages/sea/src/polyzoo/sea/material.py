@@ -11,6 +11,9 @@ from polyzoo.core.errors import ConfigError
 from polyzoo.sea.caches import prepared_folder
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.data import PairDataset, collate, read_negatives
+from polyzoo.sea.encoding.random_encoder import build_random
+from polyzoo.sea.encoding.student import build_student, retokenize
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.model import SeaModel
 from polyzoo.sea.model_sources import encoder_folder
 from polyzoo.sea.objective import DistillDataset, collate_both
@@ -18,10 +21,7 @@ from polyzoo.sea.pipeline import SeaPipeline
 from polyzoo.sea.prepare import Preparation, prepare_file
 from polyzoo.sea.prepared import Prepared
 from polyzoo.sea.presets import SeaTrainConfig
-from polyzoo.sea.random_encoder import build_random
 from polyzoo.sea.records import read_records
-from polyzoo.sea.student import build_student, retokenize
-from polyzoo.sea.tokenizer import SeaTokenizer
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def build_dataset(
             train,
             include_whole=material.shape.whole_entry,
             only_whole=material.shape.aggregator == "first",
+            head_pieces=material.shape.head_pieces,
             extra=extra,
             extra_per_pair=config.data.extra_per_pair,
             negatives=negatives,

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyzoo.sea.aggregation import Aggregation, maxsim
+from polyzoo.sea.aggregation import Aggregation, maxsim, soft_maxsim
 from polyzoo.sea.config import SeaConfig
 from polyzoo.sea.data import PairBatch
-from polyzoo.sea.encoder import PackedEncoder
-from polyzoo.sea.segments import inner_products
+from polyzoo.sea.encoding.encoder import PackedEncoder
+from polyzoo.sea.encoding.segments import inner_products
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,17 @@ class SeaModel(nn.Module):
         )
 
     def scores(self, queries: Tensor, codes: CodeVectors) -> Tensor:
-        """(n, f) similarity: inner products, or the best block's with aggregator "maxsim"."""
+        """(n, f) similarity: inner products, or by entries with "maxsim" and "soft_maxsim"."""
         if self.config.aggregator == "maxsim":
             return maxsim(queries, codes.entries, codes.starts)
+        if self.config.aggregator == "soft_maxsim":
+            return soft_maxsim(
+                queries,
+                codes.entries,
+                codes.starts,
+                temperature=self.config.soft_temperature,
+                discount=self.config.count_discount,
+            )
         return inner_products(queries, codes.vectors)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from polyzoo.core.assets.table import ASSETS
 from polyzoo.core.errors import AssetError, WeightsError
 from polyzoo.core.hub import resolve_folder
 
+CONFIG_NAME = "config.json"
 SHIPPED = {"embedded": "embedded", "minilm": "minilm-sea"}
 """Models inside this package, by the name users give."""
 BARE = "encoder:"
@@ -43,6 +44,26 @@ def encoder_folder(
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise WeightsError(f"{name}: no such folder")
     return resolve_folder(name, local_files_only=local_files_only, files=_ENCODER_FILES)
+
+
+def model_folder(name: str, *, local_files_only: bool = False) -> Path:
+    """Folder of a trained model: shipped, written by training, or the hub's.
+
+    Args:
+        name: One of `SHIPPED`, a folder, or a hub id.
+        local_files_only: Never ask the hub.
+    """
+    if name in SHIPPED:  # before folders: one of that name in the working folder changes nothing
+        folder = shipped_folder(name)
+    elif Path(name).is_dir():
+        folder = Path(name)
+    elif Path(name).is_absolute() or name.startswith((".", "~")):
+        raise WeightsError(f"{name}: no such folder")
+    else:
+        folder = resolve_folder(name, local_files_only=local_files_only)
+    if not (folder / CONFIG_NAME).is_file():
+        raise WeightsError(f"{folder}: no {CONFIG_NAME}, so not a model's folder")
+    return folder
 
 
 def shipped_folder(name: str) -> Path:

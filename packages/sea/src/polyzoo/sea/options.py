@@ -59,7 +59,7 @@ class PrepareConfig:
     """CodeSearchNet-format .jsonl or .jsonl.gz."""
     out: Path
     """The .npz file to write."""
-    like: Literal["minilm", "embedded", "paper"] = "minilm"
+    like: Literal["minilm", "minilm-single", "embedded", "paper"] = "minilm"
     """Preset whose encoder (for its tokenizer) and splitter are used."""
     model: SeaConfig | None = None
     """Another encoder and splitter than a preset's."""

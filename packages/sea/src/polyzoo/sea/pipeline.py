@@ -4,35 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from polyzoo.core.device import resolve_device, resolve_dtype
-from polyzoo.core.errors import ConfigError, DataError, WeightsError
-from polyzoo.core.hub import resolve_folder
+from polyzoo.core.errors import ConfigError
 from polyzoo.sea.config import Language, SeaConfig
-from polyzoo.sea.folders import CONFIG_NAME, LoadedModel, build_bare, load_folder
+from polyzoo.sea.entries import (
+    CodeEmbeddings,
+    Entries,
+    check_finite,
+    entry_score,
+    split_code,
+    split_one,
+)
+from polyzoo.sea.folders import LoadedModel, build_bare, load_folder
+from polyzoo.sea.identity import model_id
 from polyzoo.sea.model import CodeVectors
-from polyzoo.sea.model_sources import BARE, SHIPPED, encoder_folder, shipped_folder
-from polyzoo.sea.splitting import Split, split
+from polyzoo.sea.model_sources import BARE, encoder_folder, model_folder
+from polyzoo.sea.splitting import Split
 
-
-@dataclass(frozen=True)
-class CodeEmbeddings:
-    """Vectors of k functions, with what explains them."""
-
-    vectors: np.ndarray
-    """(k, d) float32."""
-    block_vectors: list[np.ndarray]
-    """For each function (b_i, d), one row per block of its split."""
-    splits: list[Split]
-    """Where the blocks are in the text."""
-    weights: list[np.ndarray]
-    """For each function (b_i,), share of each block in the vector; the share of the truncated
-    whole function, where it is an entry, is the rest to 1."""
+_CPU_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class SeaPipeline:
         self.tokenizer = loaded.tokenizer
         self.tokenizer_folder = loaded.tokenizer_folder
         self.model = loaded.model
-        self.model_id = f"{name}-{loaded.fingerprint[:16]}"
+        self.model_id = model_id(name, loaded.fingerprint)
         self.device = resolve_device(device)
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -85,6 +79,8 @@ class SeaPipeline:
         self.model.to(self.device).eval().requires_grad_(False)
         self.model.encoder.to(dtype)
         self.model.encoder.fuse()
+        if self.device.type == "cpu":  # a chunk's states then stay in the cache
+            self.model.encoder.max_tokens_per_forward = _CPU_TOKENS
 
     @classmethod
     def from_pretrained(
@@ -118,20 +114,17 @@ class SeaPipeline:
                 f"{name}: a trained model brings its own configuration; config is only for "
                 "encoder:NAME"
             )
-        if (
-            name in SHIPPED
-        ):  # before folders: one of that name in the working folder changes nothing
-            folder = shipped_folder(name)
-        elif Path(name).is_dir():
-            folder = Path(name)
-        elif Path(name).is_absolute() or name.startswith((".", "~")):
-            raise WeightsError(f"{name}: no such folder")
-        else:
-            folder = resolve_folder(name, local_files_only=local_files_only)
-        if not (folder / CONFIG_NAME).is_file():
-            raise WeightsError(f"{folder}: no {CONFIG_NAME}, so not a model's folder")
+        folder = model_folder(name, local_files_only=local_files_only)
         loaded = load_folder(folder, local_files_only=local_files_only)
         return cls(loaded, device=device, dtype=dtype, name=folder.name)
+
+    @staticmethod
+    def bulk_dtype() -> str | None:
+        """What to compute in where speed matters: bfloat16 on a CPU that multiplies in it."""
+        # Before torch 2.12 there is no public way to ask.
+        known = getattr(torch.cpu, "get_capabilities", dict)()
+        native = known.get("avx512_bf16") or known.get("amx_bf16")
+        return "bfloat16" if native and not torch.cuda.is_available() else None
 
     @property
     def dim(self) -> int:
@@ -145,20 +138,12 @@ class SeaPipeline:
         limit = self.config.max_query_tokens
         ids = [self.tokenizer.query(query, limit=limit)[0] for query in queries]
         vectors = self.model.embed_queries(ids).float().cpu().numpy()
-        _check_finite(vectors, [f"query {query!r}" for query in queries])
+        check_finite(vectors, [f"query {query!r}" for query in queries])
         return vectors
 
     def split(self, code: str, *, language: Language | str) -> Split:
         """Blocks of one function as this model sees them."""
-        parts = split(
-            code,
-            language=language,  # pyright: ignore[reportArgumentType]
-            config=self.config.split,
-            tokenize=self.tokenizer,
-        )
-        if not parts.blocks:
-            raise DataError(f"nothing to embed in {code[:60]!r}: only blanks and comments")
-        return parts
+        return split_one(code, language=language, config=self.config, tokenizer=self.tokenizer)
 
     def embed_code(self, codes: Sequence[str], *, language: str | Sequence[str]) -> CodeEmbeddings:
         """Embed functions; results are in the given order whatever the batching.
@@ -167,46 +152,21 @@ class SeaPipeline:
             codes: Source text of each function.
             language: Of all, or one for each.
         """
-        languages = [language] * len(codes) if isinstance(language, str) else list(language)
-        if len(languages) != len(codes):
-            raise DataError(f"{len(languages)} languages for {len(codes)} codes: give one for each")
-        if not codes:
-            return CodeEmbeddings(np.zeros((0, self.dim), dtype=np.float32), [], [], [])
-        splits = [
-            self.split(code, language=name) for code, name in zip(codes, languages, strict=True)
-        ]
+        splits = split_code(codes, language=language, config=self.config, tokenizer=self.tokenizer)
         return self.embed_splits(splits)
 
     def embed_splits(self, splits: Sequence[Split]) -> CodeEmbeddings:
         """Embed functions that are already split."""
-        wrap = self.tokenizer.wrap
-        only = self.config.aggregator == "first"
-        entries: list[list[int]] = []
-        counts: list[int] = []
-        extra: list[bool] = []
-        for parts in splits:
-            rows = [wrap(block.ids) for block in parts.blocks]
-            whole = self.config.whole_entry and len(rows) > 1
-            if whole:
-                rows.insert(0, wrap(parts.whole[: self.config.split.budget]))
-            counts.append(len(rows))
-            extra.append(whole)
-            entries += rows
-        starts = [0, *accumulate(counts)]
-        codes = self.model.embed_codes(entries, starts)
-        vectors = codes.vectors.float().cpu().numpy()
-        _check_finite(vectors, [f"function {index}" for index in range(len(splits))])
-        own = codes.entries.float().cpu().numpy()
-        shares = codes.weights.float().cpu().numpy()
-        blocks, weights = [], []
-        for row, whole in enumerate(extra):
-            first = starts[row] + whole
-            blocks.append(own[first : starts[row + 1]])
-            share = shares[first : starts[row + 1]]
-            if only and whole:  # the truncated function is its first block, as far as it goes
-                share = np.eye(1, len(share), dtype=np.float32)[0]
-            weights.append(share)
-        return CodeEmbeddings(vectors, blocks, list(splits), weights)
+        if not splits:
+            return CodeEmbeddings(np.zeros((0, self.dim), dtype=np.float32), [], [], [], [])
+        entries = Entries.of(splits, config=self.config, tokenizer=self.tokenizer)
+        codes = self.model.embed_codes(entries.sequences, entries.starts)
+        return entries.embeddings(
+            codes.vectors.float().cpu().numpy(),
+            codes.entries.float().cpu().numpy(),
+            codes.weights.float().cpu().numpy(),
+            config=self.config,
+        )
 
     def rank(
         self,
@@ -238,11 +198,11 @@ class SeaPipeline:
         return results
 
     def score(self, queries: np.ndarray, codes: CodeEmbeddings) -> np.ndarray:
-        """(n, k) scores: inner products, or the best block's with aggregator "maxsim"."""
-        if self.config.aggregator != "maxsim":
+        """(n, k) scores: inner products, or by entries with "maxsim" and "soft_maxsim"."""
+        if not self.config.keeps_entries:
             return queries @ codes.vectors.T
-        best = [(queries @ rows.T).max(axis=1) for rows in codes.block_vectors]
-        return np.stack(best, axis=1) if best else np.zeros((len(queries), 0), np.float32)
+        found = [entry_score(rows @ queries.T, self.config) for rows in codes.entry_vectors]
+        return np.stack(found, axis=1) if found else np.zeros((len(queries), 0), np.float32)
 
 
 def bare_config(encoder: str, local_files_only: bool = False) -> SeaConfig:
@@ -261,12 +221,3 @@ def bare_config(encoder: str, local_files_only: bool = False) -> SeaConfig:
 def codes_to_numpy(codes: CodeVectors) -> np.ndarray:
     """(f, d) float32 vectors on the host."""
     return codes.vectors.float().cpu().numpy()
-
-
-def _check_finite(vectors: np.ndarray, names: Sequence[str]) -> None:
-    bad = ~np.isfinite(vectors).all(axis=1)
-    if bad.any():
-        raise DataError(
-            f"{names[int(np.argmax(bad))]}: its vector holds NaN or inf ({int(bad.sum())} in all); "
-            "the weights are broken, or half precision overflowed: try dtype float32"
-        )

@@ -19,10 +19,10 @@ from polyzoo.core.errors import DataError, PolyzooError
 from polyzoo.core.io import sha256_file
 from polyzoo.core.log import get_logger, progress
 from polyzoo.sea.config import Language, SplitConfig
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.prepared import FORMAT, Origin, Prepared, Ragged
 from polyzoo.sea.records import Record, read_records
 from polyzoo.sea.splitting import split
-from polyzoo.sea.tokenizer import SeaTokenizer
 
 _log = get_logger(__name__)
 _CHUNK = 200
@@ -220,7 +220,7 @@ def _prepare_record(record: Record, preparation: Preparation) -> _Pieces:
     return _Pieces(
         query=query,
         blocks=blocks,
-        whole=whole[: preparation.split.budget] if len(blocks) > 1 else [],
+        whole=whole[: preparation.split.whole_pieces] if len(blocks) > 1 else [],
         length=len(whole),
         cut=cut,
         fallback=parts.fallback is not None,

@@ -19,6 +19,8 @@ from polyzoo.core.errors import DataError
 from polyzoo.core.io import atomic_write
 
 FORMAT = 1
+_HEAD_MARGIN = 16
+"""A function hardly longer than its head has the same vector twice."""
 
 
 @dataclass(frozen=True)
@@ -99,25 +101,41 @@ class Prepared:
         return self._wrap(self.queries[index])
 
     def entries(
-        self, index: int, *, include_whole: bool = True, only_whole: bool = False
+        self,
+        index: int,
+        *,
+        include_whole: bool = True,
+        only_whole: bool = False,
+        head_pieces: int = 0,
     ) -> list[np.ndarray]:
         """Ids of what is encoded for a function, special tokens included.
 
-        The truncated whole comes first; a function of one block has one entry, since both agree.
+        The truncated whole comes first; a function of one block has no other, since both agree. The
+        head, if it is wanted and the function is clearly longer, comes last.
         """
         first, last = self.first_block[index], self.first_block[index + 1]
         whole = self.wholes[index]
+        start = whole if len(whole) else self.blocks[first]
         if only_whole:
-            return [self._wrap(whole if len(whole) else self.blocks[first])]
+            return [self._wrap(start)]
         rows = [self._wrap(self.blocks[row]) for row in range(first, last)]
-        return [self._wrap(whole), *rows] if include_whole and len(whole) else rows
+        if include_whole and len(whole):
+            rows.insert(0, self._wrap(whole))
+        if has_head(len(start), head_pieces):
+            rows.append(self._wrap(start[:head_pieces]))
+        return rows
 
     def all_entries(
-        self, *, include_whole: bool = True, only_whole: bool = False
+        self, *, include_whole: bool = True, only_whole: bool = False, head_pieces: int = 0
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Entries of every function end to end, and (n + 1,) where each function's start."""
         lists = [
-            self.entries(index, include_whole=include_whole, only_whole=only_whole)
+            self.entries(
+                index,
+                include_whole=include_whole,
+                only_whole=only_whole,
+                head_pieces=head_pieces,
+            )
             for index in range(len(self))
         ]
         starts = np.zeros(len(self) + 1, dtype=np.int64)
@@ -197,6 +215,11 @@ class Prepared:
 
     def _wrap(self, ids: np.ndarray) -> np.ndarray:
         return np.concatenate([self.origin.prefix, ids, self.origin.suffix]).astype(np.int32)
+
+
+def has_head(pieces: int, head_pieces: int) -> bool:
+    """Whether a function of that many pieces gets its head as an entry of its own."""
+    return head_pieces > 0 and pieces > head_pieces + _HEAD_MARGIN
 
 
 def _ragged(arrays: dict[str, np.ndarray], name: str) -> Ragged:

@@ -116,6 +116,8 @@ class SeaTrainConfig:
     """Of hidden states."""
     attention_dropout: float = 0.0
     """Of attention weights; above 0 it costs speed and memory."""
+    search_discount: float | None = None
+    """count_discount of the saved model, where its validation wants another than its training."""
     int8: bool = False
     """Store large matrices as int8 with one scale per row: a quarter of the size."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -192,34 +194,54 @@ def paper() -> SeaTrainConfig:
     )
 
 
-def _minilm_shape() -> SeaConfig:
-    return SeaConfig(encoder="minilm", aggregator="attn1_mean", raw="whole", split_identifiers=True)
-
-
 def minilm() -> SeaTrainConfig:
-    """MiniLM with low-rank adapters and a trained aggregation, for one GPU.
+    """MiniLM with low-rank adapters, scored softly by all entries of a function, for one GPU.
 
-    Its truncation twin: the same with --model.aggregator first --model.raw mean.
+    Its truncation twin: the same with --model.aggregator first.
     """
     return SeaTrainConfig(
         out=Path("models/sea-minilm"),
-        model=_minilm_shape(),
-        train=TrainConfig(
-            run_dir=Path("runs/sea-minilm"),
-            steps=1500,
-            batch_size=512,
-            eval_every=100,
-            best_metric="mrr",
-            optim=OptimConfig(lr=5e-4, weight_decay=0.01),
-            schedule=ScheduleConfig(kind="cosine", warmup_steps=100),
-            checkpoint=CheckpointConfig(every=500, keep_last=1),
-            data=DataConfig(drop_last=True, workers=6),
-            lora=LoraConfig(
-                rank=16,
-                alpha=32.0,
-                targets=("query", "key", "value", "dense"),
-                modules_to_save=("aggregation",),
-            ),
+        model=SeaConfig(
+            encoder="minilm",
+            aggregator="soft_maxsim",
+            split=SplitConfig(budget=127, whole_budget=254, repeat_signature=True, max_blocks=32),
+            head_pieces=32,
+            split_identifiers=True,
+        ),
+        search_discount=0.95,
+        train=_minilm_training(Path("runs/sea-minilm"), steps=300),
+    )
+
+
+def minilm_single() -> SeaTrainConfig:
+    """MiniLM with low-rank adapters and one vector per function: the teacher of `embedded`."""
+    return SeaTrainConfig(
+        out=Path("models/sea-minilm-single"),
+        model=_single_shape(),
+        train=_minilm_training(Path("runs/sea-minilm-single"), steps=700),
+    )
+
+
+def _single_shape() -> SeaConfig:
+    return SeaConfig(encoder="minilm", aggregator="attn1_mean", raw="whole", split_identifiers=True)
+
+
+def _minilm_training(run_dir: Path, *, steps: int) -> TrainConfig:
+    return TrainConfig(
+        run_dir=run_dir,
+        steps=steps,
+        batch_size=512,
+        eval_every=100,
+        best_metric="mrr",
+        optim=OptimConfig(lr=5e-4, weight_decay=0.01),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=30),
+        checkpoint=CheckpointConfig(every=500, keep_last=1),
+        data=DataConfig(drop_last=True, workers=6),
+        lora=LoraConfig(
+            rank=16,
+            alpha=32.0,
+            targets=("query", "key", "value", "dense"),
+            modules_to_save=("aggregation",),
         ),
     )
 
@@ -227,11 +249,12 @@ def minilm() -> SeaTrainConfig:
 def embedded() -> SeaTrainConfig:
     """A three-layer encoder cut out of a teacher and taught by it, 8 MB in int8, for one GPU.
 
-    Give --distill.teacher a trained MiniLM model's folder. The prepared files are the teacher's.
+    Give --distill.teacher the folder of a trained `minilm-single`. The prepared files are the
+    teacher's.
     """
     return SeaTrainConfig(
         out=Path("models/sea-embedded"),
-        model=_minilm_shape(),
+        model=_single_shape(),
         data=SeaDataConfig(extra_per_pair=1),
         distill=DistillConfig(),
         student=StudentConfig(),
@@ -250,4 +273,10 @@ def embedded() -> SeaTrainConfig:
     )
 
 
-PRESETS = {"tiny": tiny, "paper": paper, "minilm": minilm, "embedded": embedded}
+PRESETS = {
+    "tiny": tiny,
+    "paper": paper,
+    "minilm": minilm,
+    "minilm-single": minilm_single,
+    "embedded": embedded,
+}

@@ -11,8 +11,11 @@ from torch import nn
 
 from polyzoo.core.log import get_logger
 from polyzoo.core.seeding import seed_everything
-from polyzoo.sea import evaluation, lowrank
-from polyzoo.sea.encoder import PackedEncoder, set_dropout
+from polyzoo.sea import evaluation
+from polyzoo.sea.config import SeaConfig
+from polyzoo.sea.encoding import lowrank
+from polyzoo.sea.encoding.encoder import PackedEncoder, set_dropout
+from polyzoo.sea.encoding.tokenizer import SeaTokenizer
 from polyzoo.sea.folders import load_folder, save_folder
 from polyzoo.sea.material import Material, build_dataset, gather
 from polyzoo.sea.model import SeaModel
@@ -23,7 +26,6 @@ from polyzoo.sea.objective import (
 )
 from polyzoo.sea.prepared import Prepared
 from polyzoo.sea.presets import SeaTrainConfig
-from polyzoo.sea.tokenizer import SeaTokenizer
 from polyzoo.training import StepContext, StepOutput, Trainer, load_best
 
 _log = get_logger(__name__)
@@ -101,7 +103,7 @@ def _build(config: SeaTrainConfig, material: Material) -> SeaModel:
         material.encoder, split_identifiers=material.shape.split_identifiers
     )
     encoder.check(
-        budget=material.shape.split.budget,
+        budget=material.shape.split.longest,
         special=tokenizer.special.count,
         pad_id=tokenizer.special.pad_id,
         vocab_size=tokenizer.vocab_size,
@@ -150,9 +152,11 @@ def _validation(valid: Prepared) -> Callable[[SeaModel], dict[str, float]]:
 def _save(config: SeaTrainConfig, material: Material, model: nn.Module) -> None:
     if config.train.lora is None:
         assert isinstance(model, SeaModel)  # noqa: S101 - our own promise
+        model.config = _search_shape(config, model.config)
         save_folder(config.out, model, tokenizer_folder=material.encoder, int8=config.int8)
         return
     clean = _build(config, material)
+    clean.config = _search_shape(config, clean.config)
     changes, scale = lowrank.extract(model, clean)
     save_folder(
         config.out,
@@ -161,6 +165,13 @@ def _save(config: SeaTrainConfig, material: Material, model: nn.Module) -> None:
         adapter=changes,
         scale=scale,
     )
+
+
+def _search_shape(config: SeaTrainConfig, shape: SeaConfig) -> SeaConfig:
+    """What the saved model says of itself."""
+    if config.search_discount is None:
+        return shape
+    return replace(shape, count_discount=config.search_discount)
 
 
 def render(report: SeaTrainReport) -> str:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from polyzoo.towers.dinov2 import DinoV2Config as DinoV2Config
     from polyzoo.towers.dinov2 import Features as Features
     from polyzoo.towers.dinov2 import load_dinov2 as load_dinov2
+    from polyzoo.towers.features import picture_features as picture_features
+    from polyzoo.towers.folders import FolderDistance as FolderDistance
+    from polyzoo.towers.folders import compare_folders as compare_folders
+    from polyzoo.towers.judge import PromptJudge as PromptJudge
+    from polyzoo.towers.judge import Retrieval as Retrieval
     from polyzoo.towers.metrics import kernel_distance as kernel_distance
     from polyzoo.towers.pictures import central_square as central_square
     from polyzoo.towers.pictures import image_batch as image_batch
@@ -28,6 +33,11 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "Classifier": ".classifier",
+        "PromptJudge": ".judge",
+        "Retrieval": ".judge",
+        "compare_folders": ".folders",
+        "FolderDistance": ".folders",
+        "picture_features": ".features",
         "Conse": ".conse",
         "DinoV2": ".dinov2",
         "DinoV2Config": ".dinov2",

@@ -145,15 +145,15 @@ def load_text_tower(
         raise ConfigError(f"no text tower {name!r}; there are minilm and wordllama")
     folder, place = asset_folder(name), resolve_device(device)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    weights = read_weights(folder, dtype=dtype)
+    weights = read_weights(folder, dtype=torch.float32)
     if name == "wordllama":
         tower = WordLlama(weights["embedding.weight"], tokenizer)
     else:
-        tower = MiniLM(_bert(folder, weights, dtype), tokenizer)
-    return tower.eval().requires_grad_(False).to(place)
+        tower = MiniLM(_bert(folder, weights), tokenizer)
+    return tower.eval().requires_grad_(False).to(place, dtype)
 
 
-def _bert(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _bert(folder: Path, weights: dict[str, Tensor]) -> nn.Module:
     from transformers import BertConfig, BertModel
 
     from polyzoo.attention.integrations.transformers import NAME, register
@@ -162,10 +162,10 @@ def _bert(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Mo
     config = BertConfig.from_pretrained(str(folder), local_files_only=True)
     config._attn_implementation = NAME
     with torch.random.fork_rng(devices=[]):  # its random weights must not move the caller's state
-        model = BertModel(config, add_pooling_layer=False).to(dtype=dtype)
+        model = BertModel(config, add_pooling_layer=False)
     unused = ("pooler.", "embeddings.position_ids")
     wanted = {key: value for key, value in weights.items() if not key.startswith(unused)}
-    load_into(model, wanted, source=str(folder))
+    load_into(model, wanted, source=str(folder))  # in float32: rounded once, by the caller
     return model
 
 

@@ -15,10 +15,18 @@ from polyzoo.core.errors import ConfigError
 
 
 @contextmanager
-def recomputing(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> Iterator[int]:
+def recomputing(
+    model: nn.Module, blocks: tuple[type[nn.Module], ...], *, reentrant: bool = False
+) -> Iterator[int]:
     """Let every module of these classes keep only its inputs; undo it at the end of the block.
 
     Same numbers, dropout included; parameter names do not change. Gives the number of blocks.
+
+    Args:
+        model: The model.
+        blocks: Classes of modules.
+        reentrant: Use torch's older way, which parameters on a drive need: with the newer one and a
+            single process, a gathered parameter is read again after its buffer has been reused.
 
     Raises:
         ConfigError: The model has none of them.
@@ -30,7 +38,7 @@ def recomputing(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> Iterat
             f"activation_checkpointing: the model has no block of checkpoint_blocks ({names})"
         )
     for module in chosen:
-        module.forward = partial(_recomputed, module.forward)
+        module.forward = partial(_recomputed, module.forward, reentrant)
     try:
         yield len(chosen)
     finally:
@@ -38,7 +46,9 @@ def recomputing(model: nn.Module, blocks: tuple[type[nn.Module], ...]) -> Iterat
             del module.forward
 
 
-def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], reentrant: bool, *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
+    if reentrant:
+        return checkpoint(partial(forward, **named), *arguments, use_reentrant=True)
     return checkpoint(forward, *arguments, use_reentrant=False, **named)

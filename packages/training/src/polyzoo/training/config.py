@@ -10,6 +10,10 @@ from polyzoo.core.errors import ConfigError
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+StrategyName = Literal[
+    "auto", "single", "ddp", "fsdp2", "fsdp2-cpu", "zero3", "zero3-opt-cpu", "zero3-cpu",
+    "zero3-opt-nvme", "zero3-nvme",
+]  # fmt: skip
 
 
 def _at_least(owner: object, least: float, *names: str) -> None:
@@ -184,6 +188,46 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TierConfig:
+    """How the sharded and offloaded strategies use the machine; what is None is computed."""
+
+    nvme_path: Path | None = None
+    """Folder on a local drive for the nvme strategies; its files are removed at the end."""
+    pin_memory: bool = True
+    """Page-locked host buffers: faster copies, but they cannot be paged out."""
+    sharded_init: bool = False
+    """Build the model in pieces, for a model that fits in no single process; its first weights are
+    then rounded to the compute dtype."""
+    host_optimizer: Literal["fused", "deepspeed"] = "fused"
+    """AdamW of the offloaded strategies: ours, one pass over memory, or DeepSpeed's CPUAdam."""
+    overlap: bool = False
+    """zero3-cpu with the fused step: begin the next forward pass while later layers are still being
+    updated; each layer waits for its own. Same numbers; not yet measured on a GPU."""
+    host_threads: int | None = None
+    """Threads of the host's optimizer step; by default the cores of the process's share."""
+    sub_group_size: int | None = None
+    """Parameters updated at a time by the offloaded strategies."""
+    bucket_size: int | None = None
+    """Gradient elements reduced at a time."""
+    tile_linears: int = 1
+    """Compute large linear layers in this many tiles; saves GPU memory under zero3. A run's
+    checkpoints belong to their number; best/ and results have whole layers."""
+    tile_above: int = 64 * 2**20
+    """Elements of a weight from which tile_linears applies."""
+    extra: Path | None = None
+    """JSON file of DeepSpeed settings that go over the computed ones."""
+    timeout: float = 30.0
+    """Minutes without progress after which a process writes where it stands and gives up."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "host_threads", "sub_group_size", "bucket_size", "tile_linears")
+        _at_least(self, 1, "tile_above")
+        _above(self, 0, "timeout")
+        if self.tile_linears > 1 and self.sharded_init:
+            raise ConfigError("tile_linears cuts whole layers: set sharded_init to false")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training run: how long, on what, how precise, and where it is kept.
 
@@ -199,7 +243,7 @@ class TrainConfig:
     epochs: int | None = None
     """Passes over the data in all; set this or steps."""
     batch_size: int = 32
-    """Samples in a micro-batch, the unit of one forward pass."""
+    """Samples in a micro-batch, the unit of one forward pass; each process has its own."""
     grad_accum: int = 1
     """Micro-batches in an optimizer step; an epoch's last step may hold fewer."""
     grad_clip: float | None = 1.0
@@ -210,8 +254,9 @@ class TrainConfig:
     """Of the forward pass; master weights are fp32. auto: bf16 on CUDA, fp32 elsewhere."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    strategy: Literal["single"] = "single"
-    """How the model is spread over devices."""
+    strategy: StrategyName = "auto"
+    """How weights, gradients and optimizer are spread over GPUs, host memory and drive. auto: the
+    fastest that fits."""
     activation_checkpointing: bool = False
     """Recompute the model's blocks in the backward pass to save memory."""
     deterministic: bool = False
@@ -242,6 +287,8 @@ class TrainConfig:
     """Metrics, progress, plots."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Averaged weights."""
+    tier: TierConfig = field(default_factory=TierConfig)
+    """Sharding and offload."""
     lora: LoraConfig | None = None
     """Adapters; None trains the model itself."""
 
@@ -259,6 +306,7 @@ class TrainConfig:
 FREE_ON_RESUME = frozenset(
     {
         "run_dir", "steps", "epochs", "batch_size", "grad_accum", "device", "precision", "strategy",
+        "tier",
         "activation_checkpointing", "deterministic", "nan_policy", "max_skips", "eval_every",
         "resume", "accept_changes", "checkpoint", "log", "data.workers", "data.prefetch",
     }

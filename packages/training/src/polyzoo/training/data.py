@@ -19,7 +19,9 @@ from polyzoo.training.loader import (
     Collate,
     IterableBatches,
     MapBatches,
+    Place,
     epoch_order,
+    place_of,
     settle_worker,
     take_as_is,
 )
@@ -48,7 +50,8 @@ class DataStream:
     whatever workers do, resuming at sample i gives the samples from i on. Any other iterable is
     read as it comes, by at most one worker: with `state_dict` and `load_state_dict` it resumes by
     them, without it is read again up to its position. `set_epoch(epoch)` is called where the
-    dataset has it.
+    dataset has it. With several processes (`rank` of `world`) each takes `batch_size` neighbouring
+    samples of a joint micro-batch; positions count the samples of all.
 
     Example:
         >>> stream = DataStream(dataset, DataConfig(), batch_size=8, collate=None, seed=0)
@@ -64,7 +67,11 @@ class DataStream:
         collate: Collate | None,
         seed: int,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        self.rank = rank
+        self.world = world
         self.dataset = dataset
         self.config = config
         self.batch_size = batch_size
@@ -84,12 +91,12 @@ class DataStream:
             )
 
     def _check_length(self, length: int) -> None:
-        left_out = length % self.batch_size if self.config.drop_last else 0
+        left_out = length % (self.batch_size * self.world) if self.config.drop_last else 0
         if length == left_out:
             raise TrainingError(
                 "E-DATA-EMPTY",
                 "an epoch has no batch",
-                f"{length} samples, batch_size={self.batch_size}, "
+                f"{length} samples, batch_size={self.batch_size} in {self.world} processes, "
                 f"drop_last={self.config.drop_last}",
                 "give more samples, a smaller batch_size, or set data.drop_last to false",
             )
@@ -100,7 +107,7 @@ class DataStream:
         """Return the optimizer steps in one pass over the data."""
         if not self.is_map:
             raise ConfigError("epochs: the dataset has no length; set steps instead")
-        batches, rest = divmod(len(self.dataset), self.batch_size)
+        batches, rest = divmod(len(self.dataset), self.batch_size * self.world)
         batches += 1 if rest and not self.config.drop_last else 0
         return -(-batches // grad_accum)
 
@@ -122,7 +129,8 @@ class DataStream:
         order = epoch_order(len(self.dataset), self.seed, epoch, self.config.shuffle)
         indices = order[start : start + samples].tolist()
         reader = MapBatches(self.dataset, self.collate, self.seed)
-        return indices, reader[epoch, start, indices].data
+        place = Place(epoch, start, samples, 0, samples, indices)
+        return indices, reader[place].data
 
     def move_to(self, position: DataPosition) -> None:
         """Go on behind a position, as saved from `position`."""
@@ -154,6 +162,8 @@ class DataStream:
                 batch_size=self.batch_size,
                 drop_last=self.config.drop_last,
                 start=(self.position.epoch, self.position.samples, self.position.dataset),
+                rank=self.rank,
+                world=self.world,
             )
             order = None
         loader = DataLoader(
@@ -174,21 +184,25 @@ class DataStream:
 
 
 class _Positions:
-    """Walks (epoch, start, indices) from the stream's position on, without end."""
+    """Walks this process's places from the stream's position on, without end."""
 
     def __init__(self, stream: DataStream) -> None:
         self.stream = stream
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
+    def __iter__(self) -> Iterator[Place]:
         stream = self.stream
         epoch, start = stream.position.epoch, stream.position.samples
         length = len(stream.dataset)
+        everybody = stream.batch_size * stream.world
         while True:
             order = epoch_order(length, stream.seed, epoch, stream.config.shuffle)
             while start < length:
-                indices = order[start : start + stream.batch_size].tolist()
-                if stream.config.drop_last and len(indices) < stream.batch_size:
+                place = place_of(
+                    order, epoch, start,
+                    batch_size=stream.batch_size, rank=stream.rank, world=stream.world,
+                )  # fmt: skip
+                if stream.config.drop_last and place.samples < everybody:
                     break
-                yield epoch, start, indices
-                start += len(indices)
+                yield place
+                start += place.samples
             epoch, start = epoch + 1, 0

@@ -9,7 +9,10 @@ class TrainingError(PolyzooError):
     """A failure of a training run that a person can act on.
 
     Codes: E-CKPT-CORRUPT, E-CKPT-MISMATCH, E-CKPT-NONE, E-CKPT-DATA, E-RUN-EXISTS, E-DISK-FULL,
-    E-NAN, E-OOM, E-LOSS, E-METRIC, E-DATA-EMPTY. Each is explained in the package's README.
+    E-NAN, E-OOM, E-LOSS, E-METRIC, E-DATA-EMPTY; with several processes or a drive also E-WORLD,
+    E-PEER, E-HANG, E-GPU-PLAN, E-RAM-PLAN, E-DS-MISSING, E-DS-VERSION, E-OP-BUILD, E-AIO-LIB,
+    E-NVME-PATH, E-NVME-SPACE, E-CONFIG-OPTIMIZER, E-LATE-GRADIENT. Each is explained in the
+    package's README.
 
     Example:
         >>> raise TrainingError("E-NAN", "the loss is nan", "step 12", "lower optim.lr")

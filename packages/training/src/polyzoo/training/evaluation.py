@@ -14,7 +14,9 @@ from polyzoo.training.checkpoint.state import Best, Counters
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.ema import Ema
 from polyzoo.training.errors import TrainingError
+from polyzoo.training.gathering import Replica
 from polyzoo.training.memory import explaining_out_of_memory
+from polyzoo.training.precision import forward_context
 from polyzoo.training.step import EvalFn, StepContext
 from polyzoo.training.strategies.base import Strategy
 from polyzoo.training.weights import save_best
@@ -36,7 +38,10 @@ class Evaluator:
         *,
         ema: Ema | None,
         frozen: Mapping[str, nn.Module],
+        replica: Replica | None = None,
     ) -> None:
+        self.world = strategy.world
+        self.replica = replica
         self.config = config
         self.strategy = strategy
         self.eval_fn = eval_fn
@@ -45,24 +50,39 @@ class Evaluator:
 
     def run(self, counters: Counters) -> dict[str, float]:
         """Evaluate the weights of this step and note the result in the counters."""
-        context = StepContext(
-            step=counters.step, micro_step=0, seed=self.config.seed,
-            device=self.strategy.device, frozen=self.frozen,
-        )  # fmt: skip
-        model = self.strategy.module
-        with self.ema.applied() if self.ema else nullcontext(), _evaluating(model, self.config):
-            with (
-                explaining_out_of_memory("evaluation", self.config, self.strategy.device),
-                self.strategy.forward_context(),
-            ):
-                given = self.eval_fn(model, context)
-            metrics = {name: _number(name, value) for name, value in given.items()}
-            self._keep_if_best(metrics, counters)
+        if self.replica is None:
+            with self.ema.applied() if self.ema else nullcontext():
+                metrics = self.world.main_only(
+                    lambda: self._evaluated(self.strategy.model, counters)
+                )
+        else:
+            model = self.replica.filled(self.ema)
+            metrics = self.world.main_only(lambda: self._evaluated(model, counters))
         counters.evaluated_step = counters.step
         counters.evaluation = metrics
         return metrics
 
-    def _keep_if_best(self, metrics: Mapping[str, float], counters: Counters) -> None:
+    def _evaluated(self, model: nn.Module | None, counters: Counters) -> dict[str, float]:
+        """Evaluate a whole model; in process 0 only."""
+        assert model is not None  # noqa: S101 - process 0 has it
+        context = StepContext(
+            step=counters.step, micro_step=0, seed=self.config.seed,
+            device=self.strategy.device, frozen=self.frozen,
+        )  # fmt: skip
+        device, dtype = self.strategy.device, self.strategy.dtype
+        with _evaluating(model, self.config):
+            with (
+                explaining_out_of_memory("evaluation", self.config, device),
+                forward_context(dtype, device),
+            ):
+                given = self.eval_fn(model, context)
+            metrics = {name: _number(name, value) for name, value in given.items()}
+            self._keep_if_best(metrics, model, counters)
+        return metrics
+
+    def _keep_if_best(
+        self, metrics: Mapping[str, float], model: nn.Module, counters: Counters
+    ) -> None:
         name = self.config.best_metric
         if name is None:
             return
@@ -77,7 +97,7 @@ class Evaluator:
         sign = 1 if self.config.best_mode == "max" else -1
         if best is None or sign * value > sign * best.value:
             save_best(
-                Path(self.config.run_dir), self.strategy.module,
+                Path(self.config.run_dir), model,
                 step=counters.step, metric=name, value=value,
             )  # fmt: skip
             counters.best = Best(counters.step, value)

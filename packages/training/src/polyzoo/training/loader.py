@@ -31,13 +31,50 @@ class Batch(NamedTuple):
 
     epoch: int
     start: int
+    """First sample of the micro-batch, those of all processes counted as one."""
     samples: int
+    """Samples of all processes."""
+    share: int
+    """Samples of this process; 0 where an epoch's end leaves it without, `data` is then a copy."""
     state: Any
     data: Any
 
     def with_data(self, data: Any) -> Batch:
         """Return the same place with the data elsewhere."""
         return self._replace(data=data)
+
+
+class Place(NamedTuple):
+    """Which samples of an epoch a process reads for a micro-batch."""
+
+    epoch: int
+    start: int
+    """First sample of the micro-batch over all processes."""
+    samples: int
+    """Samples of all processes."""
+    offset: int
+    """First of this process's samples, from `start`."""
+    share: int
+    """Samples of this process that count."""
+    indices: list[int]
+    """What it reads: its share, or one sample that does not count where it has none."""
+
+
+def place_of(
+    order: Tensor | range, epoch: int, start: int, *, batch_size: int, rank: int, world: int
+) -> Place:
+    """Return what a process reads of the micro-batch that begins at `start` of an epoch's order.
+
+    Every process takes `batch_size` neighbours, so that two processes see what one would with twice
+    the batch. At the end of an epoch the last ones may have fewer or none.
+    """
+    samples = min(batch_size * world, len(order) - start)
+    offset = min(rank * batch_size, samples)
+    share = min(batch_size, samples - offset)
+    begin = start + offset if share else start
+    chosen = order[begin : begin + max(share, 1)]
+    indices = chosen.tolist() if isinstance(chosen, Tensor) else list(chosen)
+    return Place(epoch, start, samples, offset, share, indices)
 
 
 def epoch_order(length: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
@@ -57,14 +94,14 @@ class MapBatches:
         self.seed = seed
         self.epoch = -1
 
-    def __getitem__(self, position: tuple[int, int, list[int]]) -> Batch:
-        epoch, start, indices = position
+    def __getitem__(self, place: Place) -> Batch:
+        epoch, start, indices = place.epoch, place.start, place.indices
         if epoch != self.epoch:
             _announce_epoch(self.dataset, epoch)
             self.epoch = epoch
-        with _seeded(_mix("batch", self.seed, epoch, start)):
+        with _seeded(_mix("batch", self.seed, epoch, start + place.offset)):
             data = self.collate([self.dataset[index] for index in indices])
-        return Batch(epoch, start, len(indices), None, data)
+        return Batch(epoch, start, place.samples, place.share, None, data)
 
 
 class IterableBatches(IterableDataset[Batch]):
@@ -79,7 +116,11 @@ class IterableBatches(IterableDataset[Batch]):
         batch_size: int,
         drop_last: bool,
         start: tuple[int, int, Any],
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        self.rank = rank
+        self.world = world
         self.dataset = dataset
         self.collate = collate or default_collate
         self.seed = seed
@@ -127,13 +168,19 @@ class IterableBatches(IterableDataset[Batch]):
     def _batches(self, samples: Iterator[Any], epoch: int, start: int) -> Iterator[Batch]:
         while True:
             with _seeded(_mix("batch", self.seed, epoch, start)):
-                items = [item for _, item in zip(range(self.batch_size), samples, strict=False)]
-                if not items or (self.drop_last and len(items) < self.batch_size):
+                # Every process reads all samples and keeps its own: exact for any number of them.
+                everybody = self.batch_size * self.world
+                items = [item for _, item in zip(range(everybody), samples, strict=False)]
+                if not items or (self.drop_last and len(items) < everybody):
                     return
-                data = self.collate(items)
+                place = place_of(
+                    range(len(items)), epoch, 0,
+                    batch_size=self.batch_size, rank=self.rank, world=self.world,
+                )  # fmt: skip
+                data = self.collate([items[index] for index in place.indices])
             has_state = hasattr(self.dataset, "state_dict")
             state = copy.deepcopy(self.dataset.state_dict()) if has_state else None
-            yield Batch(epoch, start, len(items), state, data)
+            yield Batch(epoch, start, len(items), place.share, state, data)
             start += len(items)
 
 

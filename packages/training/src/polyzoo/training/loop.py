@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from polyzoo.training.events import RunLog
 from polyzoo.training.health import check_rows
 from polyzoo.training.loader import Batch
 from polyzoo.training.memory import explaining_out_of_memory
-from polyzoo.training.metrics import Weigher, Window, step_row
+from polyzoo.training.metrics import Weigher, Window, metric_totals, step_row
 from polyzoo.training.schedule import lr_factor
 from polyzoo.training.signals import StopRequest
 from polyzoo.training.step import StepContext, StepFn, StepOutput, check_loss, without_graph
 from polyzoo.training.strategies.base import Strategy
 from polyzoo.training.throughput import Clock
+from polyzoo.training.watchdog import Watchdog
+from polyzoo.training.world import World, explaining_lost_peers
 
 logger = get_logger(__name__)
 
@@ -48,10 +51,12 @@ class Loop:
         ema: Ema | None,
         evaluator: Evaluator | None,
         snapshots: Snapshots,
+        world: World,
         frozen: Mapping[str, nn.Module],
         identity: dict[str, str],
-        log: RunLog,
+        log: RunLog | None,
         stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
         self.strategy = strategy
@@ -63,12 +68,14 @@ class Loop:
         self.ema = ema
         self.evaluator = evaluator
         self.snapshots = snapshots
+        self.world = world
         self.frozen = frozen
         self.identity = identity
         self.log = log
         self.stop = stop
+        self.watchdog = watchdog
         self._saved_step = counters.step
-        self._clock = Clock(counters)
+        self._clock = Clock(counters, device=strategy.device)
         self._first_step = True
 
     def run(self) -> None:
@@ -79,14 +86,15 @@ class Loop:
             TrainingError: The run cannot go on; the last checkpoint is intact.
         """
         while True:
-            if self._evaluation_is_due and not self.stop.requested:
+            if self._evaluation_is_due and not self.world.any(self.stop.requested):
                 self._evaluate()
-            stopping = self.stop.requested
+            stopping = self.world.any(self.stop.requested)
             if self._checkpoint_is_due or stopping:
                 self._save(stopping)
             if stopping:
+                cause = self.stop.name or "a signal to another process"
                 raise Interrupted(
-                    f"stopped by {self.stop.name} after step {self.counters.step} of "
+                    f"stopped by {cause} after step {self.counters.step} of "
                     f"{self.total_steps}, which is saved; the same command resumes"
                 )
             if self.counters.step >= self.total_steps:
@@ -100,49 +108,75 @@ class Loop:
 
     def _fetch(self) -> list[Batch] | None:
         """Wait for the data of a step; None if a signal has come: no further step begins then."""
-        if self.stop.requested:
+        if self.stop.requested and self.world.size == 1:
             return None
+        self.watchdog.beat("reading of data")
         position = self.data.position
         started = time.perf_counter()
+        batches: list[Batch] | None = None
+        failure: Exception | None = None
         try:
             batches = self.data.take(self.config.grad_accum)
         except Exception as error:
             # What asks this process to stop may have taken from it what the data needs.
-            if not self.stop.requested:
-                raise
-            logger.warning("the data of the next step failed after %s: %s", self.stop.name, error)
-            return None
+            if self.stop.requested:
+                logger.warning("the data of the next step failed after %s: %s",
+                               self.stop.name, error)  # fmt: skip
+            else:
+                failure = error
+        self.world.agree(failure)
         self._clock.waited += time.perf_counter() - started
-        if self.stop.requested:
+        if self.world.any(self.stop.requested):
             self.data.position = position
             return None
         return batches
 
     def _step(self, batches: list[Batch]) -> None:
         """Take one optimizer step; nothing in here waits for the device."""
-        weigher = Weigher(len(batches))
+        world = self.world
+        weigher = Weigher(len(batches), mean=world.mean if world.size > 1 else None)
         outputs: list[StepOutput] = []
         for index, batch in enumerate(batches):
-            with self._watching("forward pass"):
+            with self._watching("forward pass"), self._clock.phase("forward"):
                 output = self._forward(batch, index)
             factor = weigher.factor(self._weight(output, batch))
             loss = (
                 output.loss if isinstance(factor, float) and factor == 1.0 else output.loss * factor
             )
-            with self._watching("backward pass"):
+            with self._watching("backward pass"), self._clock.phase("backward"):
                 self.strategy.backward(loss, last=index == len(batches) - 1)
             outputs.append(without_graph(output, loss))
         if self._first_step:
             self._warn_of_unused()
-        loss = sum((output.loss for output in outputs[1:]), outputs[0].loss) / weigher.divisor
+        total = sum((output.loss for output in outputs[1:]), outputs[0].loss)
+        shared = self._shared_values(weigher, outputs, total) if world.size > 1 else None
+        loss = total / weigher.divisor if shared is None else shared.pop("loss")
+        divisor = weigher.divisor if shared is None else shared.pop("divisor")
         lr = self._learning_rate(self.counters.step)
-        with self._watching("optimizer step"):
-            report = self.strategy.optimizer_step(lr=lr, loss=loss, divisor=weigher.divisor)
+        with self._watching("optimizer step"), self._clock.phase("optimizer"):
+            report = self.strategy.optimizer_step(lr=lr, loss=loss, divisor=divisor)
         self.counters.step += 1
         self.counters.samples += sum(batch.samples for batch in batches)
         if self.ema:
             self.ema.update(self.counters.step)
-        self.window.add(step_row(self.counters.step, batches, outputs, weigher, loss, report))
+        row = step_row(
+            self.counters.step, batches, outputs, weigher, loss, report, shared=shared
+        )  # fmt: skip
+        self.window.add(row)
+
+    def _shared_values(
+        self, weigher: Weigher, outputs: list[StepOutput], loss: Tensor
+    ) -> dict[str, Any]:
+        """Return loss, metrics, tokens and divisor over all processes."""
+        device = self.strategy.device
+        totals = {"loss": loss, **metric_totals(outputs, weigher)}
+        if all(output.tokens is not None for output in outputs):
+            # A mean like the others, turned back into a sum: one exchange for everything.
+            totals["tokens"] = sum(output.tokens for output in outputs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        values: dict[str, Any] = weigher.means(totals, device)
+        if "tokens" in values:
+            values["tokens"] = values["tokens"] * values["divisor"] * self.world.size
+        return values
 
     def _forward(self, batch: Batch, micro_step: int) -> StepOutput:
         context = StepContext(
@@ -151,6 +185,9 @@ class Loop:
             seed=self.config.seed,
             device=self.strategy.device,
             frozen=self.frozen,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            method_caller=self.strategy.call_method,
         )
         with self.strategy.forward_context():
             output = self.step_fn(self.strategy.module, batch.data, context)
@@ -160,7 +197,12 @@ class Loop:
         return output
 
     def _weight(self, output: StepOutput, batch: Batch) -> Tensor | float:
-        return float(batch.samples) if output.weight is None else output.weight
+        weight = float(batch.share) if output.weight is None else output.weight
+        if self.world.size == 1:
+            return weight
+        # Without samples of its own a process computes on a copy that must not count.
+        counts = 1.0 if batch.share else 0.0
+        return torch.as_tensor(weight, device=self.strategy.device).float() * counts
 
     def _learning_rate(self, step: int) -> float:
         return self.config.optim.lr * lr_factor(step, self.total_steps, self.config.schedule)
@@ -179,9 +221,9 @@ class Loop:
             **self._clock.rates(),
             "skipped": self.counters.skipped,
         }
-        if self.strategy.device.type == "cuda":
-            values["memory_bytes"] = torch.cuda.max_memory_allocated(self.strategy.device)
-        self.log.train(step=self.counters.step, values=values, metrics=summary.metrics)
+        values.update(self.strategy.memory_report())
+        if self.log:
+            self.log.train(step=self.counters.step, values=values, metrics=summary.metrics)
         self._clock.restart()
 
     def _read_window(self) -> None:
@@ -193,13 +235,16 @@ class Loop:
         if self.evaluator is None:
             return
         self._read_window()
+        self.watchdog.beat("evaluation")
         with self._clock.paused():
             metrics = self.evaluator.run(self.counters)
-        self.log.evaluation(step=self.counters.step, metrics=metrics)
+        if self.log:
+            self.log.evaluation(step=self.counters.step, metrics=metrics)
 
     def _save(self, stopping: bool) -> None:
         """Save the run at this step; never a run whose numbers have gone bad."""
         self._read_window()
+        self.watchdog.beat("saving of a checkpoint")
         with self._clock.paused():
             if stopping:
                 self.counters.interruptions += 1
@@ -237,8 +282,14 @@ class Loop:
         step = self.counters.step
         return step % self.config.log.every == 0 or step == self.total_steps
 
-    def _watching(self, phase: str) -> Any:
-        return explaining_out_of_memory(phase, self.config, self.strategy.device)
+    @contextmanager
+    def _watching(self, phase: str) -> Iterator[None]:
+        self.watchdog.beat(phase)
+        with (
+            explaining_lost_peers(),
+            explaining_out_of_memory(phase, self.config, self.strategy.device),
+        ):
+            yield
 
     def _warn_of_unused(self) -> None:
         self._first_step = False

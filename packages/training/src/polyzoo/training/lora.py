@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyzoo.core.errors import ConfigError
 from polyzoo.core.lazy import import_extra
@@ -80,9 +80,20 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def write_adapter(
-    folder: Path, model: nn.Module, *, metadata: Mapping[str, str] | None = None
+    folder: Path,
+    model: nn.Module,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as peft would."""
+    """Write adapter_config.json and adapter_model.safetensors, as peft would.
+
+    Args:
+        folder: Where to.
+        model: With adapters.
+        metadata: Texts to go into the file's header.
+        trained: The trainable parameters in full, by name; the model's own where not given.
+    """
     peft = import_extra("peft", install=_EXTRA)
     folder.mkdir(parents=True, exist_ok=True)
     config = cast("Any", model).peft_config["default"]
@@ -92,7 +103,9 @@ def write_adapter(
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode = training
-    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = peft.get_peft_model_state_dict(
+        model, state_dict=None if trained is None else dict(trained), save_embedding_layers=False
+    )
     write_weights(folder / ADAPTER, tensors, metadata=metadata)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,12 @@ class Weigher:
         ...     p.grad /= weigher.divisor
     """
 
-    def __init__(self, micro_batches: int) -> None:
+    def __init__(
+        self, micro_batches: int, *, mean: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.micro_batches = micro_batches
+        self.mean = mean
+        """From a tensor to its mean over the processes, where there are several."""
         self.factors: list[Scalar] = []
         self._first: Scalar = 1.0
 
@@ -44,6 +48,8 @@ class Weigher:
             weight = weight.detach().float()
         elif not (weight >= 0 and math.isfinite(weight)):
             raise DataError(f"StepOutput.weight={weight} must be a finite number of at least 0")
+        if self.mean is not None:
+            return self._shared_factor(weight)
         if self.micro_batches == 1:
             self.factors.append(1.0)
             return 1.0
@@ -53,10 +59,42 @@ class Weigher:
         self.factors.append(factor)
         return factor
 
+    def _shared_factor(self, weight: Scalar) -> Scalar:
+        """Return a factor relative to the processes' mean first weight, the same base for all."""
+        if not self.factors:
+            assert self.mean is not None  # noqa: S101 - asked for by the caller
+            assert isinstance(weight, Tensor)  # noqa: S101 - so is a tensor on the device
+            self._first = _or_one(self.mean(weight))
+        factor = weight / (self._first * self.micro_batches)
+        self.factors.append(factor)
+        return factor
+
     @property
     def divisor(self) -> Scalar:
         """What summed gradients, losses and metrics are divided by."""
         return _or_one(sum(self.factors))
+
+    def means(self, totals: Mapping[str, Scalar], device: torch.device) -> dict[str, Tensor]:
+        """Return weighted means over micro-batches and processes, by name, in one exchange.
+
+        Args:
+            totals: Sums over this process's micro-batches of factor times value.
+            device: Where the exchange happens.
+
+        Returns:
+            The means, and under "divisor" what summed gradients are to be divided by.
+        """
+        names = sorted(totals)
+        values = [sum(self.factors), *(totals[name] for name in names)]
+        stacked = torch.stack(
+            [torch.as_tensor(v, device=device).float().reshape(()) for v in values]
+        )
+        if self.mean is not None:
+            stacked = self.mean(stacked)
+        divisor = _or_one(stacked[0])
+        assert isinstance(divisor, Tensor)  # noqa: S101 - of a tensor comes a tensor
+        means = dict(zip(names, (stacked[1:] / divisor).unbind(), strict=True))
+        return {**means, "divisor": divisor}
 
 
 def _or_one(value: Scalar) -> Scalar:
@@ -83,23 +121,51 @@ def step_row(
     weigher: Weigher,
     loss: Tensor,
     report: UpdateReport,
+    *,
+    shared: Mapping[str, Scalar] | None = None,
 ) -> StepRow:
-    """Return the row of a step; nothing is read from the device."""
+    """Return the row of a step; nothing is read from the device.
+
+    Args:
+        step: Counted from 1.
+        batches: Its micro-batches.
+        outputs: Of the step function.
+        weigher: Of the step.
+        loss: Of the whole step.
+        report: Of the optimizer step.
+        shared: Metrics and tokens over all processes, where there are several.
+    """
     values: dict[str, Scalar] = {"loss": loss, "grad_norm": report.grad_norm, "bad": report.bad}
-    counted = [output.tokens for output in outputs if output.tokens is not None]
-    if counted:
-        values["tokens"] = sum(counted)
-    for name, value in outputs[0].metrics.items():
-        if len(outputs) > 1:
-            terms = zip(weigher.factors, outputs, strict=True)
-            total = sum(factor * output.metrics[name] for factor, output in terms)
-            value = total / weigher.divisor
-        values[f"{_METRIC}{name}"] = value
+    if shared is not None:
+        values.update(shared)
+    else:
+        counted = [output.tokens for output in outputs if output.tokens is not None]
+        if counted:
+            values["tokens"] = sum(counted)
+        values.update(_weighted_metrics(outputs, weigher))
     places = [(batch.epoch, batch.start, batch.samples) for batch in batches]
     return StepRow(step, places, values)
 
 
 _METRIC = "metric/"
+
+
+def metric_totals(outputs: Sequence[StepOutput], weigher: Weigher) -> dict[str, Scalar]:
+    """Return the step function's metrics as sums of factor times value, under metric/."""
+    return {
+        f"{_METRIC}{name}": sum(
+            factor * output.metrics[name]
+            for factor, output in zip(weigher.factors, outputs, strict=True)
+        )
+        for name in outputs[0].metrics
+    }
+
+
+def _weighted_metrics(outputs: Sequence[StepOutput], weigher: Weigher) -> dict[str, Scalar]:
+    if len(outputs) == 1:
+        return {f"{_METRIC}{name}": value for name, value in outputs[0].metrics.items()}
+    totals = metric_totals(outputs, weigher)
+    return {name: total / weigher.divisor for name, total in totals.items()}
 
 
 @dataclass(frozen=True, slots=True)

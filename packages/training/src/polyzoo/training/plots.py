@@ -14,7 +14,9 @@ PLOTS = "plots"
 _COLUMNS = 2
 _INK = "#1f4e79"
 _PALE = "#a9c4de"
-_EXACT = ("learning rate", "memory (bytes)")  # nothing to smooth
+_EXACT = (  # nothing to smooth
+    "learning rate", "memory (bytes)", "host memory (bytes)", "drive (bytes)",
+)  # fmt: skip
 _FEW = 40  # points that can still be told apart
 
 Series = tuple[list[int], list[float]]
@@ -44,7 +46,13 @@ def _training(events: list[dict[str, Any]]) -> dict[str, Series]:
         "gradient norm": "grad_norm",
         "tokens per second": "tokens_per_second",
         "samples per second": "samples_per_second",
+        "forward pass (s)": "forward_seconds",
+        "backward pass (s)": "backward_seconds",
+        "optimizer step (s)": "optimizer_seconds",
+        "waiting for data (s)": "data_seconds",
         "memory (bytes)": "memory_bytes",
+        "host memory (bytes)": "host_bytes",
+        "drive (bytes)": "drive_bytes",
     }
     panels: dict[str, Series] = {}
     for title, key in wanted.items():

@@ -49,14 +49,26 @@ class StepContext:
     """Where the model and the batch are."""
     frozen: Mapping[str, nn.Module]
     """The modules given to `fit` as frozen, by name."""
+    rank: int = 0
+    """Of this process among those that train together."""
+    world_size: int = 1
+    """Processes that train together."""
+    method_caller: Callable[..., Any] | None = None
+    """How a strategy calls a method of the model it spreads."""
 
     @property
     def generator(self) -> torch.Generator:
-        """A fresh generator on the device; the same seed, step and micro-step draw the same."""
-        return item_generator(self.seed, (self.step << 20) + self.micro_step, self.device)
+        """A fresh generator on the device; the same seed, step, micro-step and rank draw the same.
+
+        Two processes draw what one draws with two micro-batches.
+        """
+        number = self.micro_step * self.world_size + self.rank
+        return item_generator(self.seed, (self.step << 20) + number, self.device)
 
     def call(self, model: Any, method: str, *arguments: Any, **named: Any) -> Any:
         """Call a method of the model other than `forward`; works however the model is spread."""
+        if self.method_caller is not None:
+            return self.method_caller(model, method, *arguments, **named)
         return getattr(model, method)(*arguments, **named)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polyzoo.attention.api import attention
+from polyzoo.attention.integrations.padding import kv_lens_of
 from polyzoo.attention.types import CuSeqlens
 
 NAME = "polyzoo"
@@ -46,6 +47,7 @@ _REFUSED = {
     "cache": "a paged cache",
 }
 _KEPT_AS = "_polyzoo_cu_seqlens"
+_KEPT_ROWS = "_polyzoo_rows"
 
 
 def register() -> None:
@@ -54,10 +56,30 @@ def register() -> None:
     Both are needed: without a mask function of that name transformers drops every mask silently.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(**arguments: Any) -> Tensor | None:
+    """Make a model's mask as torch's function takes it; transformers calls it.
+
+    Where every query sees the same keys (encoders), one row is made and seen by all of them: no
+    n x m tensor.
+
+    Args:
+        arguments: What transformers' own `sdpa_mask` takes.
+
+    Returns:
+        None, or bool `(b, 1, n, m)`, True attends.
+    """
+    from transformers import masking_utils
+
+    encoder = getattr(masking_utils, "bidirectional_mask_function", None)
+    if encoder is None or arguments.get("mask_function") is not encoder:
+        return masking_utils.sdpa_mask(**arguments)
+    row = masking_utils.sdpa_mask(**{**arguments, "q_length": 1})
+    return None if row is None else row.expand(-1, -1, arguments["q_length"], -1)
 
 
 def attention_forward(
@@ -137,14 +159,38 @@ def attention_forward(
     if mask is not None and mask.dtype != torch.bool:
         bias = mask if bias is None else bias + mask
         mask = None
-    if mask is not None and mask.dim() == 4 and mask.stride(2) == 0:
-        mask = mask[:, :, :1]  # padding only: the same for every query
+    lengths = None
+    if mask is not None and mask.dim() == 4 and mask.stride(2) == 0:  # the same for every query
+        mask, lengths = _padding(mask, key)
     if query.shape[0] == 1 < key.shape[0]:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     out = attention(
-        query, key, value, causal=causal, mask=mask, bias=bias, scale=scaling, dropout=dropout
+        query,
+        key,
+        value,
+        causal=causal,
+        kv_lens=lengths,
+        mask=mask,
+        bias=bias,
+        scale=scaling,
+        dropout=dropout,
     )
     return out.transpose(1, 2), None
+
+
+def _padding(mask: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return a mask over keys alone, or the lengths that it says, where looking is free."""
+    whole = (key.shape[0], 1, key.shape[2])
+    if mask.is_cpu and (mask.shape[0], mask.shape[1], mask.shape[3]) == whole:
+        kept = getattr(mask, _KEPT_ROWS, None)  # one row tensor for all layers: it keeps lengths
+        if kept is None:
+            kept = mask[:, 0, 0]
+            if not torch.compiler.is_compiling():
+                setattr(mask, _KEPT_ROWS, kept)
+        lengths = kv_lens_of(kept)
+        if lengths is not None:
+            return None, lengths
+    return mask[:, :, :1], None
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

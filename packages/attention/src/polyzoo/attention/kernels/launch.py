@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyzoo.attention.kernels.mask_tiles import MaskTiles, mask_tiles, packed_schedule
+from polyzoo.attention.kernels.grid_table import grid_channels, grid_table
+from polyzoo.attention.kernels.mask_tiles import MaskTiles, mask_tiles
 from polyzoo.attention.kernels.problem import Problem, alignment, heads_last, strides
+from polyzoo.attention.kernels.schedules import query_programs, schedule
 from polyzoo.attention.kernels.starts import Start, prepared
 from polyzoo.attention.kernels.triton_forward import forward_kernel
 from polyzoo.attention.kernels.tuning import TileConfig, choose_config
@@ -20,6 +22,7 @@ class _Plan:
     block_m: int
     block_n: int
     tma: bool
+    channels: int
 
 
 def forward(
@@ -70,17 +73,20 @@ def forward(
             schedule(problem.cu_q, problem.queries, plan.block_m),
             problem.rng,
             *(_descriptors(problem, plan.block_n) if plan.tma else (None,) * 4),
+            grid_table(problem) if plan.channels else None,
         )
     return out, lse
 
 
 def _plan(problem: Problem, out: Tensor, config: TileConfig | None, low: bool) -> _Plan:
     config = config or choose_config("forward", problem)
-    block_n = max(config.block_n, problem.key_block)
+    channels = grid_channels(problem)
+    by_rows = problem.width > 0 and not channels
+    block_n = max(config.block_n, problem.key_block) if by_rows else config.block_n
     main = [strides(t, 3) for t in (problem.q, problem.k, problem.v, out)]
     align = alignment(main)
-    tma = config.tma and align == 8 and _descriptors_fit(problem)
-    rough = problem.keys % block_n != 0 and not problem.width
+    tma = config.tma and align == 8 and not by_rows and _descriptors_fit(problem)
+    rough = problem.keys % block_n != 0 and not by_rows
     slots, programs = query_programs(problem, config.block_m)
     start = Start(
         forward_kernel,
@@ -105,27 +111,17 @@ def _plan(problem: Problem, out: Tensor, config: TileConfig | None, low: bool) -
             "ALIGN": align,
             "BM": config.block_m,
             "BN": block_n,
+            **({"KW": 0, "KWP": 1} if channels else {}),
+            "KG": channels,
+            "GRID_WIDTH": problem.width,
             "EDGES": problem.edges or rough,
-            "RAW": problem.raw,
+            "RAW": problem.raw or channels > 0,
             "TMA": tma,
             "LOW": low,
         },
         {"num_warps": config.warps, "num_stages": config.stages},
     )
-    return _Plan(start, config.block_m, block_n, tma)
-
-
-def query_programs(problem: Problem, block: int) -> tuple[int, int]:
-    """Slots of a packed call's schedule, and the number of programs over query tiles."""
-    if problem.cu_q is None:
-        return 0, -(-problem.queries // block) * problem.heads * problem.batch
-    slots = problem.queries // block + problem.cu_q.shape[0] - 1
-    return slots, slots * problem.heads
-
-
-def schedule(cu: Tensor | None, total: int, block: int) -> Tensor | None:
-    """Sequence and tile of every program of a packed call."""
-    return None if cu is None else packed_schedule(cu, total=total, block=block)
+    return _Plan(start, config.block_m, block_n, tma, channels)
 
 
 def tile_lists(
@@ -175,7 +171,6 @@ def _descriptors_fit(problem: Problem) -> bool:
     """Whether keys and values can be read by the bulk copy engine of sm_90."""
     return (
         problem.q.dtype != torch.float32
-        and not problem.width
         and problem.q.is_cuda
         and torch.cuda.get_device_capability(problem.q.device) >= (9, 0)
     )

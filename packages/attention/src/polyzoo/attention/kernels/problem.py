@@ -184,15 +184,19 @@ class Problem:
         """The scale in the units of the kernel."""
         return self.scale if self.natural else self.scale * math.log2(math.e)
 
-    @cached_property
+    @property
     def aligned(self) -> Problem:
         """The same call with rows that can be read 16 bytes at a time, copied where they cannot.
 
         Triton reads other rows element by element and, up to 3.6 at least, such loads race with the
         asynchronous matrix products that consume them on sm_90.
         """
-        if all(reads_whole(t) for t in (self.q, self.k, self.v)):
-            return self
+        # Kept only where it is another one: a problem that held itself would keep its tensors in
+        # memory until Python next collects cycles.
+        return self if all(reads_whole(t) for t in (self.q, self.k, self.v)) else self._copied
+
+    @cached_property
+    def _copied(self) -> Problem:
         q, k, v = (
             t if reads_whole(t) else heads_last(t, t.shape[-1]).copy_(t)
             for t in (self.q, self.k, self.v)

@@ -19,20 +19,20 @@ from polyzoo.attention.kernels.triton_device import (
     tile_plan,
     visible,
 )
-from polyzoo.attention.kernels.triton_relpos import grid_key, height_term, width_term
+from polyzoo.attention.kernels.triton_relpos import grid_key, grid_terms, height_term, width_term
 
 
 @triton.jit
 def _key_step(
-    acc0, acc1, total, peak, q0, q1, rows, width, tile,
+    acc0, acc1, total, peak, q0, q1, rows, width, rel, tile,
     n, m, length, left, right, begin, end, kh, batch, key_head, k_start, sequence_head,
     scale, threshold, K, V, k_n, v_n, KD0, KD1, VD0, VD1,
-    Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Rng,
+    Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Grid, Rng,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
     BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    KG: tl.constexpr, DROPOUT: tl.constexpr,
     RAW: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -50,15 +50,21 @@ def _key_step(
         k_base += tl.cast(start, tl.int64) * k_n
         v_base += tl.cast(start, tl.int64) * v_n
     key_mask = (j >= begin) & (j < end)
+    if KG > 0:
+        grid_base = Grid + tl.cast(start, tl.int64) * KG
+        place_of_keys = load_block(grid_base, local, KG, key_mask, 0, KG, KG, MASKED)
+        s = tl.dot(rel, tl.trans(place_of_keys), input_precision=PRECISION) * (LOG2E / scale)
+    else:
+        s = tl.zeros([rows.shape[0], BN], tl.float32)
     if TMA and not MASKED:
         k0 = KD0.load([batch, key_head, k_start + start, 0]).reshape(BN, D0)
-        s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        s = tl.dot(q0, tl.trans(k0), s, input_precision=PRECISION)
         if D1 > 0:
             k1 = KD1.load([batch, key_head, k_start + start, D0]).reshape(BN, D1)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
     else:
         k0 = load_block(k_base, offsets, k_n, key_mask, 0, D0, D, MASKED)
-        s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        s = tl.dot(q0, tl.trans(k0), s, input_precision=PRECISION)
         if D1 > 0:
             k1 = load_block(k_base, offsets, k_n, key_mask, D0, D1, D, MASKED)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
@@ -144,7 +150,7 @@ def _key_step(
 )  # fmt: skip
 def forward_kernel(
     Q, K, V, Out, Low, Lse, Bias, Mask, RelH, RelW, Index, Counts, KvLens, CuQ, CuK, Schedule, Rng,
-    KD0, KD1, VD0, VD1,
+    KD0, KD1, VD0, VD1, Grid,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, lse_h,
     bias_b, bias_h, bias_n, bias_m, mask_b, mask_h, mask_n, mask_m,
     rel_h_b, rel_h_h, rel_h_n, rel_w_b, rel_w_h, rel_w_n, list_b, list_h, list_t,
@@ -155,8 +161,9 @@ def forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     KVLENS: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, NATURAL: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr,
-    DROPOUT: tl.constexpr, EDGES: tl.constexpr, RAW: tl.constexpr, TMA: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr,
+    KG: tl.constexpr, GRID_WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+    EDGES: tl.constexpr, RAW: tl.constexpr, TMA: tl.constexpr, LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query tile; `launch.py` says what the arguments are."""
     sequence, head, tile, q_start, k_start, n, length = locate(
@@ -195,6 +202,12 @@ def forward_kernel(
         safe_rows = tl.minimum(rows, n - 1)
         x = tl.arange(0, BN)[None, :]
         width = width_term(RelW, safe_rows[:, None], rel_w_n, x, KW, KWP, NATURAL)
+    rel = 0.0
+    nowhere = rows < 0
+    if KG > 0:
+        RelH += place * rel_h_b + head_at * rel_h_h
+        RelW += place * rel_w_b + head_at * rel_w_h
+        rel, nowhere = grid_terms(RelH, RelW, rows, row_mask, rel_h_n, rel_w_n, kh, GRID_WIDTH, KG)
 
     list_row = sequence * list_b + head * list_h + tile * list_t
     tile_list = Index
@@ -219,27 +232,30 @@ def forward_kernel(
         if HAS_MASK and KW == 0:
             at = tl.load(tile_list + t)
         acc0, acc1, total, peak = _key_step(
-            acc0, acc1, total, peak, q0, q1, rows, width, at,
+            acc0, acc1, total, peak, q0, q1, rows, width, rel, at,
             n, m, length, left, right, begin, end, kh, batch, key_head, k_start, sequence_head,
             scale, threshold, K, V, k_n, v_n, KD0, KD1, VD0, VD1,
-            Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Rng,
+            Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Grid, Rng,
             D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL, KW, KWP,
-            DROPOUT, RAW, TMA, LOW, PRECISION, False,
+            KG, DROPOUT, RAW, TMA, LOW, PRECISION, False,
         )  # fmt: skip
     if EDGES:
         for t in tl.range(edge_lo, edge_hi):
             at = edge_tile(t, split, jump, tile_list, HAS_LEFT, HAS_MASK, KW)
             acc0, acc1, total, peak = _key_step(
-                acc0, acc1, total, peak, q0, q1, rows, width, at,
+                acc0, acc1, total, peak, q0, q1, rows, width, rel, at,
                 n, m, length, left, right, begin, end, kh, batch, key_head, k_start, sequence_head,
                 scale, threshold, K, V, k_n, v_n, KD0, KD1, VD0, VD1,
-                Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Rng,
+                Bias, bias_n, bias_m, Mask, mask_n, mask_m, RelH, rel_h_n, Grid, Rng,
                 D, D0, D1, DV, DV0, DV1, BN, HAS_LEFT, HAS_RIGHT, HAS_MASK, HAS_BIAS, NATURAL,
-                KW, KWP, DROPOUT, RAW, TMA, LOW, PRECISION, True,
+                KW, KWP, KG, DROPOUT, RAW, TMA, LOW, PRECISION, True,
             )  # fmt: skip
 
     dead = total == 0.0
     inverse = keep_scale / tl.where(dead, 1.0, total)
+    if KG > 0:
+        dead = dead | nowhere
+        inverse = tl.where(dead, 0.0, inverse)
     acc0 = acc0 * inverse[:, None]
     store_block(Out, local, o_n, acc0, row_mask, 0, DV0, DV)
     if DV1 > 0:

@@ -16,6 +16,57 @@ import triton.language as tl
 from polyzoo.attention.kernels.triton_device import LN2, load_block, store_block
 
 
+@triton.jit
+def _walk(
+    Q, K, V, Out, Low, Lse, q_n, k_n, v_n, o_n, n, length, walk, walks, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every `walks`-th query tile of a head over its first BN keys, which stay on the chip."""
+    j = tl.arange(0, BN)
+    key_mask = j < length
+    k0 = load_block(K, j, k_n, key_mask, 0, D0, D, True)
+    v0 = load_block(V, j, v_n, key_mask, 0, DV0, DV, True)
+    k1 = k0
+    v1 = v0
+    if D1 > 0:
+        k1 = load_block(K, j, k_n, key_mask, D0, D1, D, True)
+    if DV1 > 0:
+        v1 = load_block(V, j, v_n, key_mask, DV0, DV1, DV, True)
+    local = tl.arange(0, BM)
+    for tile in tl.range(walk, tl.cdiv(n, BM), walks):
+        row = tl.cast(tile, tl.int64) * BM
+        row_mask = tile * BM + local < n
+        q0 = load_block(Q + row * q_n, local, q_n, row_mask, 0, D0, D, True)
+        s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        if D1 > 0:
+            q1 = load_block(Q + row * q_n, local, q_n, row_mask, D0, D1, D, True)
+            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+        s = tl.where(key_mask[None, :], s * scale, -float("inf"))
+        peak = tl.max(s, 1)
+        pivot = tl.where(peak == -float("inf"), 0.0, peak)
+        p = tl.exp2(s - pivot[:, None])
+        total = tl.sum(p, 1)
+        dead = total == 0.0
+        total = tl.where(dead, 1.0, total)
+        inverse = (1.0 / total)[:, None]
+        p = p.to(V.dtype.element_ty)
+        out0 = tl.dot(p, v0, input_precision=PRECISION) * inverse
+        store_block(Out + row * o_n, local, o_n, out0, row_mask, 0, DV0, DV)
+        if LOW:
+            out0 -= out0.to(Out.dtype.element_ty).to(tl.float32)
+            store_block(Low + row * o_n, local, o_n, out0, row_mask, 0, DV0, DV)
+        if DV1 > 0:
+            out1 = tl.dot(p, v1, input_precision=PRECISION) * inverse
+            store_block(Out + row * o_n, local, o_n, out1, row_mask, DV0, DV1, DV)
+            if LOW:
+                out1 -= out1.to(Out.dtype.element_ty).to(tl.float32)
+                store_block(Low + row * o_n, local, o_n, out1, row_mask, DV0, DV1, DV)
+        lse = tl.where(dead, -float("inf"), (peak + tl.log2(total)) * LN2)
+        tl.store(Lse + row + local, lse, mask=row_mask)
+
+
 @triton.jit(
     do_not_specialize=[
         "q_b", "q_h", "q_n", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n", "o_b", "o_h", "o_n",
@@ -51,45 +102,24 @@ def short_kernel(
     K += (place * k_b + key_at * k_h) * ALIGN
     V += (place * v_b + key_at * v_h) * ALIGN
     out_at = (place * o_b + head_at * o_h) * ALIGN
+    Out += out_at
+    if LOW:
+        Low += out_at
     Lse += (place * heads + head) * n
-    j = tl.arange(0, BN)
-    key_mask = j < length
-    k0 = load_block(K, j, k_n, key_mask, 0, D0, D, True)
-    v0 = load_block(V, j, v_n, key_mask, 0, DV0, DV, True)
-    k1 = k0
-    v1 = v0
-    if D1 > 0:
-        k1 = load_block(K, j, k_n, key_mask, D0, D1, D, True)
-    if DV1 > 0:
-        v1 = load_block(V, j, v_n, key_mask, DV0, DV1, DV, True)
-    local = tl.arange(0, BM)
-    for tile in tl.range(walk, tl.cdiv(n, BM), walks):
-        row = tl.cast(tile, tl.int64) * BM
-        row_mask = tile * BM + local < n
-        q0 = load_block(Q + row * q_n, local, q_n, row_mask, 0, D0, D, True)
-        s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-        if D1 > 0:
-            q1 = load_block(Q + row * q_n, local, q_n, row_mask, D0, D1, D, True)
-            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-        s = tl.where(key_mask[None, :], s * scale, -float("inf"))
-        peak = tl.max(s, 1)
-        pivot = tl.where(peak == -float("inf"), 0.0, peak)
-        p = tl.exp2(s - pivot[:, None])
-        total = tl.sum(p, 1)
-        dead = total == 0.0
-        total = tl.where(dead, 1.0, total)
-        inverse = (1.0 / total)[:, None]
-        p = p.to(V.dtype.element_ty)
-        out0 = tl.dot(p, v0, input_precision=PRECISION) * inverse
-        store_block(Out + out_at + row * o_n, local, o_n, out0, row_mask, 0, DV0, DV)
-        if LOW:
-            out0 -= out0.to(Out.dtype.element_ty).to(tl.float32)
-            store_block(Low + out_at + row * o_n, local, o_n, out0, row_mask, 0, DV0, DV)
-        if DV1 > 0:
-            out1 = tl.dot(p, v1, input_precision=PRECISION) * inverse
-            store_block(Out + out_at + row * o_n, local, o_n, out1, row_mask, DV0, DV1, DV)
-            if LOW:
-                out1 -= out1.to(Out.dtype.element_ty).to(tl.float32)
-                store_block(Low + out_at + row * o_n, local, o_n, out1, row_mask, DV0, DV1, DV)
-        lse = tl.where(dead, -float("inf"), (peak + tl.log2(total)) * LN2)
-        tl.store(Lse + row + local, lse, mask=row_mask)
+    # Right padding: where half of the keys are enough, half of the work is.
+    if KVLENS and BN > 32:
+        if length <= BN // 2:
+            _walk(
+                Q, K, V, Out, Low, Lse, q_n, k_n, v_n, o_n, n, length, walk, walks, scale,
+                D, D0, D1, DV, DV0, DV1, BM, BN // 2, LOW, PRECISION,
+            )  # fmt: skip
+        else:
+            _walk(
+                Q, K, V, Out, Low, Lse, q_n, k_n, v_n, o_n, n, length, walk, walks, scale,
+                D, D0, D1, DV, DV0, DV1, BM, BN, LOW, PRECISION,
+            )  # fmt: skip
+    else:
+        _walk(
+            Q, K, V, Out, Low, Lse, q_n, k_n, v_n, o_n, n, length, walk, walks, scale,
+            D, D0, D1, DV, DV0, DV1, BM, BN, LOW, PRECISION,
+        )  # fmt: skip

@@ -16,6 +16,7 @@ H100: dict[str, tuple[int, int, int, int, bool]] = {
     "forward|64|causal|32|32": (16, 64, 4, 2, False),
     "forward|64||32|512": (64, 32, 4, 3, False),
     "forward|80|grid64|4096|4096": (64, 64, 4, 3, False),
+    "forward|64|grid64|4096|4096": (64, 64, 4, 3, False),
     "forward|80|grid16|256|256": (64, 32, 4, 3, False),
     "forward|64|lens|512|512": (64, 32, 4, 3, False),
     "forward|128|causal|2048|2048": (64, 64, 4, 2, True),

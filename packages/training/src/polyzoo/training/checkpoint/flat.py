@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +48,9 @@ class Shard:
     full_shape: tuple[int, ...]
     """Shape of the whole tensor."""
     values: Tensor
-    """1-D, on any device."""
+    """1-D, on any device; on the meta device where `read` gives them."""
+    read: Callable[[], Tensor] | None = None
+    """Brings values from a drive when their turn to be written comes."""
 
     @property
     def key(self) -> str:
@@ -121,7 +123,8 @@ def _chunks(header: bytes, shards: list[Shard]) -> Iterator[bytes | memoryview]:
     yield len(header).to_bytes(8, "little") + header
     for shard in shards:
         if shard.values.numel():
-            on_host = shard.values.detach().cpu().contiguous()
+            values = shard.read() if shard.read else shard.values
+            on_host = values.detach().cpu().contiguous()
             yield on_host.view(torch.uint8).numpy().data
 
 
@@ -198,5 +201,15 @@ class FlatReader:
         return self._open[path]
 
     def rank_state(self, rank: int) -> Any:
-        """Return the plain state that a process wrote beside its shards."""
-        return json.loads((self.folder / f"rank{rank:05d}.json").read_bytes())["state"]
+        """Return the plain state that a process wrote beside its shards.
+
+        A process that was not there when the checkpoint was written gets that of process 0.
+        """
+        file = self.folder / f"rank{rank:05d}.json"
+        file = file if file.is_file() else self.folder / "rank00000.json"
+        return json.loads(file.read_bytes())["state"]
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that wrote the checkpoint."""
+        return len(list(self.folder.glob("rank*.json")))

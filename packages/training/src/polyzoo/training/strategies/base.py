@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from polyzoo.training.checkpoint.flat import FlatReader, Shard
 from polyzoo.training.ema import Master
+from polyzoo.training.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,23 @@ class Strategy(Protocol):
     """One way to hold weights, gradients and optimizer state."""
 
     name: str
-    rank: int
-    world_size: int
+    world: World
     device: torch.device
     dtype: torch.dtype
     """Of the forward pass."""
-    module: nn.Module
+    module: Any
     """What the step function calls."""
+    model: nn.Module
+    """The model itself, whose parameters may be in pieces."""
+    is_whole: bool
+    """Whether this process holds every parameter in full, in `model`."""
 
     def forward_context(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass."""
+        ...
+
+    def call_method(self, model: Any, method: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method of the model other than forward."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -58,8 +66,11 @@ class Strategy(Protocol):
         """Return the trainable parameters that the backward pass has not reached."""
         ...
 
-    def masters(self) -> list[Master]:
-        """Return the fp32 weights held on this device."""
+    def master_groups(self) -> Iterator[list[Master]]:
+        """Yield the fp32 weights held here, in an order that never changes.
+
+        A group is valid until the next one is asked for: it may come from a drive.
+        """
         ...
 
     def local_shards(self) -> Iterator[Shard]:
@@ -72,4 +83,12 @@ class Strategy(Protocol):
 
     def plain_state(self) -> dict[str, Any]:
         """Return what `load_shards` needs beside tensors, as JSON values."""
+        ...
+
+    def memory_report(self) -> dict[str, float]:
+        """Return peak bytes in use by tier."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the run's end does not: hooks, pinned memory, files on a drive."""
         ...

@@ -13,9 +13,11 @@ from polyzoo.core.log import get_logger
 from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.ema import Master
+from polyzoo.training.footprint import memory_report
 from polyzoo.training.optim import ParamGroups, build_optimizer, set_learning_rate
 from polyzoo.training.precision import compute_dtype, forward_context, keep_masters_fp32
 from polyzoo.training.strategies.base import UpdateReport
+from polyzoo.training.world import World
 
 logger = get_logger(__name__)
 
@@ -24,22 +26,23 @@ class SingleDevice:
     """Trains in one process on one device; autocast in front of fp32 weights."""
 
     name = "single"
-    rank = 0
-    world_size = 1
+    is_whole = True
 
     def __init__(
         self,
         model: nn.Module,
         config: TrainConfig,
         device: torch.device,
+        world: World,
         param_groups: ParamGroups | None = None,
     ) -> None:
+        self.world = world
         self.device = device
         self.dtype = compute_dtype(config.precision, device)
         self.grad_clip = config.grad_clip
         self.skips_bad_steps = config.nan_policy == "skip"
         keep_masters_fp32(model)
-        self.module = model.to(device)
+        self.model = self.module = model.to(device)
         self.optimizer = build_optimizer(self.module, config.optim, param_groups)
         self.scaler = torch.amp.GradScaler(device.type) if self.dtype == torch.float16 else None
         self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -47,6 +50,10 @@ class SingleDevice:
     def forward_context(self) -> AbstractContextManager[object]:
         """Return the autocast context of a forward pass."""
         return forward_context(self.dtype, self.device)
+
+    def call_method(self, model: Any, method: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method of the model other than forward."""
+        return getattr(model, method)(*arguments, **named)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of a micro-batch; nothing is exchanged, so `last` changes nothing."""
@@ -99,9 +106,9 @@ class SingleDevice:
         """Return the trainable parameters that the backward pass has not reached."""
         return [name for name, p in self._trainable.items() if p.grad is None]
 
-    def masters(self) -> list[Master]:
-        """Return the fp32 weights: here the parameters themselves."""
-        return [Master(name, parameter) for name, parameter in self._trainable.items()]
+    def master_groups(self) -> Iterator[list[Master]]:
+        """Yield the fp32 weights: here the parameters themselves, at once."""
+        yield [Master(name, parameter) for name, parameter in self._trainable.items()]
 
     def local_shards(self) -> Iterator[Shard]:
         """Return trainable parameters, their optimizer state, and persistent buffers, whole."""
@@ -158,6 +165,13 @@ class SingleDevice:
         for group, values in zip(own["param_groups"], state["groups"], strict=True):
             group.update(values)
         self.optimizer.load_state_dict({"state": loaded, "param_groups": own["param_groups"]})
+
+    def memory_report(self) -> dict[str, float]:
+        """Return peak bytes in use on the device and in host memory."""
+        return memory_report(self.device)
+
+    def close(self) -> None:
+        """Nothing outlives the run."""
 
     def _buffers(self) -> dict[str, Tensor]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))

@@ -1,0 +1,1 @@
+"""Mining of documented functions from packages, to train and evaluate on."""

@@ -1,0 +1,1 @@
+"""Tokenizers and encoders: packed, fused, in NumPy, cut out of larger ones."""

@@ -28,9 +28,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
 def tiny_config(**changes: Any) -> SeedConfig:
     """Four codes of 16 an image of 32 pixels."""
     config = SeedConfig(
-        vision=VisionConfig(
-            image_size=32, patch_size=8, width=32, depth=2, heads=2, mlp_hidden=64
-        ),
+        vision=VisionConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2, mlp_hidden=64),
         qformer=QFormerConfig(
             width=32, layers=2, heads=2, ffn=64, dropout=0.0, vocabulary=len(WORDS), max_text=16
         ),

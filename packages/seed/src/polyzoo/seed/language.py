@@ -185,8 +185,8 @@ def small_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation=ATTENTION,
     )
+    config._attn_implementation = ATTENTION
     return LlamaForCausalLM(config)
 
 

@@ -99,7 +99,7 @@ class SelfAttention(Projections):
     def forward(self, x: Tensor) -> Tensor:
         """`(b, n, c)` to `(b, n, c)`."""
         if self.joined:
-            q, k, v = F.linear(x, self.joint_weight, self.joint_bias).chunk(3, dim=2)
+            q, k, v = F.linear(x, self.joint_weight, self.joint_bias).chunk(3, dim=2)  # pyright: ignore[reportArgumentType]
         else:
             q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         q, k, v = (self.split_heads(t) for t in (q, k, v))
@@ -117,7 +117,7 @@ class TextAttention(Projections):
             rows: Captions, where all have the same length and a plain batch will do.
         """
         if self.joined:
-            k, v = F.linear(text, self.joint_weight, self.joint_bias).chunk(2, dim=1)
+            k, v = F.linear(text, self.joint_weight, self.joint_bias).chunk(2, dim=1)  # pyright: ignore[reportArgumentType]
         else:
             k, v = self.to_k(text), self.to_v(text)
         shape = (rows or 1, -1, k.shape[1])

@@ -80,7 +80,7 @@ class ControlBranch(ModelMixin, ConfigMixin):
             block.reset_parameters()  # pyright: ignore[reportCallIssue]
 
     @classmethod
-    def from_config(cls, config: Any = None, **_: Any) -> ControlBranch:
+    def from_config(cls, config: Any = None, **_: Any) -> ControlBranch:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Build one from what `config` holds."""
         return cls(
             PixArtConfig(**config["transformer"]), ControlConfig(num_blocks=config["num_layers"])

@@ -118,7 +118,7 @@ class _Drawer:
                     "control_type": "edges",
                 }
             seeds = [self.config.seed + start + i for i in range(len(part))]
-            images += self.pipe(part, seed=seeds, **more).images
+            images += self.pipe(part, seed=seeds, **more).images  # pyright: ignore[reportOperatorIssue]
         return images
 
 

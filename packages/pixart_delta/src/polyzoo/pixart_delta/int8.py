@@ -38,7 +38,7 @@ class Int8Linear(nn.Module):
         """`(..., inputs)` to `(..., outputs)`."""
         # The scale multiplies the sum: rounding it into the weight first would cost accuracy.
         out = F.linear(x, self.steps.to(x.dtype)) * self.scales.to(x.dtype)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        return out if self.bias is None else out + self.bias.to(x.dtype)  # pyright: ignore[reportOperatorIssue]
 
 
 def quantise_linears(module: nn.Module, *, least: int = 65536) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
 from polyzoo.core.device import resolve_device, resolve_dtype
@@ -135,7 +135,7 @@ def fast_text(encoder: T5Encoder) -> None:
     """Capture a text encoder, in place."""
     compile_repeated(encoder, T5Block)
     replayed = Replayed(encoder.forward, name="text encoder")
-    encoder.forward = lambda ids, kv_lens: replayed(ids, kv_lens).clone()
+    encoder.forward = lambda ids, kv_lens: replayed(ids, kv_lens).clone()  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
 def save_pipeline(pipe: PixArtDeltaPipeline, folder: Path) -> None:

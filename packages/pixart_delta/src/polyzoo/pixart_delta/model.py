@@ -152,7 +152,7 @@ class PixArtTransformer(ModelMixin, ConfigMixin):
         self.reset_parameters()
 
     @classmethod
-    def from_config(cls, config: Any = None, **_: Any) -> PixArtTransformer:
+    def from_config(cls, config: Any = None, **_: Any) -> PixArtTransformer:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Build one from a PixArtConfig, or from a diffusers configuration of either class name."""
         return cls(config if isinstance(config, PixArtConfig) else read_diffusers_config(config))
 
@@ -227,7 +227,7 @@ class PixArtTransformer(ModelMixin, ConfigMixin):
     ) -> TextMemory:
         text = self.caption_projection(tokens)
         blocks, copies = (
-            tuple(block.attn2.remember(text, rows=rows) for block in group)
+            tuple(block.attn2.remember(text, rows=rows) for block in group)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
             for group in (self.transformer_blocks, branch.copies() if branch is not None else ())
         )
         return TextMemory(blocks, lengths, batch, copies)
@@ -364,7 +364,7 @@ class PixArtTransformer(ModelMixin, ConfigMixin):
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *arguments)
+            return self._gradient_checkpointing_func(block, *arguments)  # pyright: ignore[reportOptionalCall]
         return block(*arguments)
 
 

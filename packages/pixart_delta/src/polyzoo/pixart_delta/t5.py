@@ -132,8 +132,8 @@ class T5Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, kv_lens: Tensor | None) -> Tensor:
         """`(b, n, c)` to the same."""
         attend, feed = self.layer
-        x = x + attend.SelfAttention(attend.layer_norm(x), bias, kv_lens)
-        return x + feed.DenseReluDense(feed.layer_norm(x))
+        x = x + attend.SelfAttention(attend.layer_norm(x), bias, kv_lens)  # pyright: ignore[reportCallIssue]
+        return x + feed.DenseReluDense(feed.layer_norm(x))  # pyright: ignore[reportCallIssue]
 
 
 class _Stack(nn.Module):
@@ -202,7 +202,7 @@ class T5Encoder(nn.Module):
         coarse = (exact + (steps * (half - exact)).long()).clamp(max=half - 1)
         bucket = torch.where(distance.abs() < exact, distance.abs(), coarse)
         bucket = bucket + (distance > 0) * half
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
         return table(bucket).permute(2, 0, 1)[None]
 
 
@@ -224,5 +224,5 @@ def load_t5(folder: str | Path, *, dtype: torch.dtype | None = None) -> T5Encode
     load_into(encoder, finite(tensors, folder), source=str(folder))
     if dtype == torch.float16:  # the last product overflows in half precision
         for block in encoder.encoder.block:
-            block.layer[1].DenseReluDense.wo.float()
+            block.layer[1].DenseReluDense.wo.float()  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     return encoder.eval()

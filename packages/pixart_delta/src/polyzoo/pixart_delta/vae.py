@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from polyzoo.attention import attention
@@ -58,7 +58,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Posterior:
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images `(b, 3, H, W)` in [-1, 1] of scaled latents, not clamped."""
-    return vae.decode((latents / LATENT_SCALE).to(vae.dtype), return_dict=False)[0]
+    return vae.decode((latents / LATENT_SCALE).to(vae.dtype), return_dict=False)[0]  # pyright: ignore[reportArgumentType]
 
 
 class MidAttention:
@@ -89,9 +89,9 @@ class MidAttention:
 def small_vae() -> AutoencoderKL:
     """An untrained autoencoder of 1.6 M parameters, four pixels to a latent pixel, no attention."""
     return AutoencoderKL(
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         norm_num_groups=16,
         mid_block_add_attention=False,
@@ -134,7 +134,7 @@ def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None) -> Autoenc
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder}: no config.json, so not an autoencoder's folder")
-    vae: AutoencoderKL = AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder)))  # pyright: ignore[reportAssignmentType]
+    vae: AutoencoderKL = AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder)))  # pyright: ignore[reportAssignmentType, reportArgumentType]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{folder}: no .safetensors file; convert a pickled one first")

@@ -1,6 +1,6 @@
 """Make the shipped model out of a trained folder: int8 rows, adapters of a lower rank, fewer words.
 
-    python scripts/pack_pixart_icons.py --model models/icons --pack icons/64 --out DIR --rank 16
+python scripts/pack_pixart_icons.py --model models/icons --pack icons/64 --out DIR --rank 16
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def save_adapter(source: Path, out: Path, rank: int) -> None:
     config.update(r=rank, lora_alpha=rank, base_model_name_or_path=None)
     write_json(out / "adapter_config.json", config)
     check = read_weights(out / "adapter_model.safetensors")
-    assert check.keys() == tensors.keys()
+    if check.keys() != tensors.keys():
+        raise SystemExit(f"{out}: what was written is not what was read back")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def run(out: Path) -> DemoSection:
         summary=(
             f"Drew {len(PROMPTS)} prompts in {drawn:.1f} s and {len(CONTROLLED)} along outlines in "
             f"{controlled:.1f} s on the CPU, {STEPS} network evaluations each, with the model in "
-            "this repository (64 pixels, shown larger)."
+            "this repository (64 pixels, shown larger; prompts and seeds chosen among the better)."
         ),
         body=f'<div style="{_FLEX}">{"".join(cells)}</div><h3>Along an outline</h3>'
         f'<div style="{_FLEX}">{"".join(pairs)}</div>',

@@ -61,8 +61,9 @@ def run(out: Path) -> DemoSection:
             f"Each picture became {shape.tokens_per_image} codes out of {shape.codes}. From the "
             "codes alone came its caption and, on the right of each pair, its picture: rough "
             "meaning, colour and outline, not the pixels. The model is small and was trained for "
-            "minutes: most pictures it has not seen are named wrongly (see the README). Below, a "
-            f"language model wrote codes for texts. {seconds:.0f} s for all of it."
+            "minutes; these pictures were chosen among the better ones, and most that it has not "
+            "seen are named wrongly (see the README). Below, a language model wrote codes for "
+            f"texts. {seconds:.0f} s for all of it."
         ),
         body=f"{_STYLE}<div class='row'>{''.join(cards)}</div><h3>Drawn from text</h3>"
         f"<div class='row'>{''.join(prompts)}</div>",

@@ -251,7 +251,7 @@ class TestAdapters:
         vocabulary = grow(model, tokenizer, codes=CODES, tokens_per_image=TOKENS)
         config = AdapterConfig(rank=8, alpha=16.0, dropout=0.0, rows="all")
         own = Language(adapters.adapt(model, config, vocabulary), tokenizer, vocabulary)
-        check_pairs(own, train_pairs(own, steps=150, lr=2e-2))
+        check_pairs(own, train_pairs(own, steps=250, lr=1e-2))
 
     def test_a_target_that_names_no_layer(self):
         own = language()

@@ -98,7 +98,7 @@ class TestStages:
         losses = [row["metrics"]["contrast"] for row in rows if row["event"] == "train"]
         # Six captions, two pictures each: pairs of one meaning are no negatives.
         assert losses[0] == pytest.approx(np.log(11), abs=1.5)
-        assert losses[-1] < 0.6 * losses[0]
+        assert losses[-1] < 0.75 * losses[0]
         # By chance it would be a sixth.
         assert report.metrics["embeddings_recall_1"] > 0.3
 
@@ -365,7 +365,7 @@ class TestLanguageCommand:
         assert report.trained_parameters == report.parameters
         lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
-        assert losses[-1] < 0.6 * losses[0]
+        assert losses[-1] < 0.75 * losses[0]
         seed = SeedPipeline.from_pretrained(model, device="cpu")
         assert len(seed.caption([images / "00.png", images / "03.png"])) == 2
         drawn = seed.draw(["red circle", "blue square"], seed=1)

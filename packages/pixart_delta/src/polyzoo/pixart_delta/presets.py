@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -162,21 +162,15 @@ def paper_lcm() -> PixArtTrainConfig:
 
 def paper_lcm_lora() -> PixArtTrainConfig:
     """Consistency distillation into adapters of rank 32; give --start."""
-    return PixArtTrainConfig(
+    whole = paper_lcm()
+    return replace(
+        whole,
         task="lcm-lora",
         out=Path("models/pixart-lcm-lora"),
-        start=Path("models/pixart-1024"),
         lcm=LcmRecipe(null="empty"),
-        train=TrainConfig(
+        train=replace(
+            whole.train,
             run_dir=Path("runs/pixart-lcm-lora"),
-            steps=5000,
-            batch_size=12,
-            grad_clip=0.01,
-            precision="fp16",
-            activation_checkpointing=True,
-            optim=OptimConfig(lr=2e-5, weight_decay=0.0, eps=1e-10),
-            schedule=ScheduleConfig(kind="constant", warmup_steps=100),
-            data=DataConfig(drop_last=True, workers=4),
             lora=LoraConfig(rank=32, alpha=8.0, targets=LORA_TARGETS),
         ),
     )

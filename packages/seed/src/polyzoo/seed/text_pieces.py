@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from polyzoo.core.errors import ConfigError, DataError
+from polyzoo.core.vocabulary import keep_pieces
 
 FILE_NAME = "tokenizer.json"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -89,22 +90,7 @@ def cut_vocabulary(tokenizer: dict[str, Any], texts: Iterable[str], *, size: int
         if piece.isalpha() and piece.isascii() and len(piece) > 2:
             kept.setdefault(piece)
     chosen = sorted(kept, key=lambda piece: (piece not in SPECIAL, old[piece]))
-    new = {piece: number for number, piece in enumerate(chosen)}
-    cut = {**tokenizer, "truncation": None, "padding": None}
-    cut["model"] = {**tokenizer["model"], "vocab": new}
-    cut["added_tokens"] = [
-        {**token, "id": new[token["content"]]}
-        for token in tokenizer.get("added_tokens", [])
-        if token["content"] in new
-    ]
-    template = tokenizer.get("post_processor") or {}
-    if template.get("special_tokens"):
-        special = {
-            name: {**entry, "ids": [new[piece] for piece in entry["tokens"]]}
-            for name, entry in template["special_tokens"].items()
-        }
-        cut["post_processor"] = {**template, "special_tokens": special}
-    return cut
+    return keep_pieces(tokenizer, chosen)
 
 
 def whole_words(tokenizer: Tokenizer) -> list[str]:

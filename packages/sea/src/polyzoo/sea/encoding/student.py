@@ -18,6 +18,7 @@ import torch
 
 from polyzoo.core.errors import ConfigError, DataError
 from polyzoo.core.io import atomic_folder
+from polyzoo.core.vocabulary import keep_pieces
 from polyzoo.core.weights import write_weights
 from polyzoo.sea.config import StudentConfig
 from polyzoo.sea.encoding.random_encoder import CONTINUES, SPECIAL
@@ -87,7 +88,7 @@ def build_student(
         write_weights(
             folder / "model.safetensors", {name: x.float() for name, x in weights.items()}
         )
-        smaller = _prune(tokenizer, kept)
+        smaller = keep_pieces(tokenizer, kept)
         (folder / "tokenizer.json").write_text(
             json.dumps(smaller, ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
         )
@@ -211,23 +212,3 @@ class _Speller:
             spelled.append(number)
             start = end
         return spelled
-
-
-def _prune(tokenizer: dict[str, Any], kept: Sequence[str]) -> dict[str, Any]:
-    """The tokenizer file with other ids; everything else stays."""
-    new = {piece: number for number, piece in enumerate(kept)}
-    smaller = {**tokenizer, "truncation": None, "padding": None}
-    smaller["model"] = {**tokenizer["model"], "vocab": new}
-    smaller["added_tokens"] = [
-        {**token, "id": new[token["content"]]}
-        for token in tokenizer.get("added_tokens", [])
-        if token["content"] in new
-    ]
-    template = tokenizer.get("post_processor") or {}
-    if template.get("special_tokens"):
-        special = {
-            name: {**entry, "ids": [new[piece] for piece in entry["tokens"]]}
-            for name, entry in template["special_tokens"].items()
-        }
-        smaller["post_processor"] = {**template, "special_tokens": special}
-    return smaller

@@ -20,7 +20,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from polyzoo.core.log import get_logger
 from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.ema import Master
@@ -29,9 +28,12 @@ from polyzoo.training.optim import ParamGroups, build_optimizer, set_learning_ra
 from polyzoo.training.precision import compute_dtype, forward_context, keep_masters_fp32
 from polyzoo.training.strategies.base import UpdateReport
 from polyzoo.training.strategies.blocks import shard_blocks
+from polyzoo.training.strategies.torch_state import (
+    fits_optimizer,
+    persistent_buffers,
+    plain_state,
+)
 from polyzoo.training.world import World
-
-logger = get_logger(__name__)
 
 
 class FullySharded:
@@ -150,24 +152,12 @@ class FullySharded:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.ndim:
                     yield Shard(key, name, start, shape, _local(value).reshape(-1))
-        for name, value in self._buffers().items():
+        for name, value in persistent_buffers(self.model).items():
             yield whole(BUFFER, name, value)
 
     def plain_state(self) -> dict[str, Any]:
         """Return scalar optimizer state and the loss scale."""
-        scalars: dict[str, dict[str, Any]] = {}
-        for name, parameter in self._trainable.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if not (isinstance(value, Tensor) and value.ndim):
-                    scalars.setdefault(name, {})[key] = value
-        known = {"params", "lr", "lr_scale", "weight_decay", *self.optimizer.defaults}
-        groups = [
-            {key: value for key, value in group.items() if key not in known}
-            for group in self.optimizer.param_groups
-        ]
-        scaler = self.scaler.state_dict() if self.scaler else {}
-        kind = type(self.optimizer).__name__
-        return {"optimizer": kind, "scalars": scalars, "groups": groups, "scaler": scaler}
+        return plain_state(self.optimizer, self._trainable, self.scaler)
 
     @torch.no_grad()
     def load_shards(self, reader: FlatReader, state: dict[str, Any]) -> None:
@@ -175,15 +165,13 @@ class FullySharded:
         for name, parameter in self._trainable.items():
             local, start = _rows(parameter)
             local.copy_(reader.values(MASTER, name, start, local.numel()).reshape(local.shape))
-        for name, value in self._buffers().items():
+        for name, value in persistent_buffers(self.model).items():
             value.copy_(reader.tensor(BUFFER, name))
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        if state["optimizer"] != type(self.optimizer).__name__:
-            logger.warning("the optimizer was %s; its state starts anew", state["optimizer"])
-            return
-        for name, parameter in self._trainable.items():
-            self._load_optimizer(reader, state, name, parameter)
+        if fits_optimizer(self.optimizer, state):
+            for name, parameter in self._trainable.items():
+                self._load_optimizer(reader, state, name, parameter)
 
     def _load_optimizer(
         self, reader: FlatReader, state: dict[str, Any], name: str, parameter: nn.Parameter
@@ -202,15 +190,6 @@ class FullySharded:
             entry[key] = value.to(local.device) if on_device else value
         if entry:
             self.optimizer.state[parameter] = entry
-
-    def _buffers(self) -> dict[str, Tensor]:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        everything = self.model.state_dict(keep_vars=True)
-        return {
-            name: value
-            for name, value in everything.items()
-            if isinstance(value, Tensor) and name not in parameters
-        }
 
     def memory_report(self) -> dict[str, float]:
         """Return peak bytes in use on the device and in host memory."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyzoo.core.log import get_logger
 from polyzoo.training.checkpoint.flat import BUFFER, EMA, MASTER, FlatReader, Shard, whole
 from polyzoo.training.config import TrainConfig
 from polyzoo.training.ema import Master
@@ -17,9 +16,12 @@ from polyzoo.training.footprint import memory_report
 from polyzoo.training.optim import ParamGroups, build_optimizer, set_learning_rate
 from polyzoo.training.precision import compute_dtype, forward_context, keep_masters_fp32
 from polyzoo.training.strategies.base import UpdateReport
+from polyzoo.training.strategies.torch_state import (
+    fits_optimizer,
+    persistent_buffers,
+    plain_state,
+)
 from polyzoo.training.world import World
-
-logger = get_logger(__name__)
 
 
 class SingleDevice:
@@ -117,38 +119,24 @@ class SingleDevice:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.ndim:
                     yield whole(key, name, value)
-        for name, value in self._buffers().items():
+        for name, value in persistent_buffers(self.module).items():
             yield whole(BUFFER, name, value)
 
     def plain_state(self) -> dict[str, Any]:
         """Return scalar optimizer state, values of the optimizer's groups, and the loss scale."""
-        scalars: dict[str, dict[str, Any]] = {}
-        for name, parameter in self._trainable.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if not (isinstance(value, Tensor) and value.ndim):
-                    scalars.setdefault(name, {})[key] = value
-        known = {"params", "lr", "lr_scale", "weight_decay", *self.optimizer.defaults}
-        groups = [
-            {key: value for key, value in group.items() if key not in known}
-            for group in self.optimizer.param_groups
-        ]
-        scaler = self.scaler.state_dict() if self.scaler else {}
-        kind = type(self.optimizer).__name__
-        return {"optimizer": kind, "scalars": scalars, "groups": groups, "scaler": scaler}
+        return plain_state(self.optimizer, self._trainable, self.scaler)
 
     @torch.no_grad()
     def load_shards(self, reader: FlatReader, state: dict[str, Any]) -> None:
         """Take weights, optimizer state and buffers from a checkpoint that was found to fit."""
         for name, parameter in self._trainable.items():
             parameter.copy_(reader.tensor(MASTER, name))
-        for name, value in self._buffers().items():
+        for name, value in persistent_buffers(self.module).items():
             value.copy_(reader.tensor(BUFFER, name))
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        if state["optimizer"] != type(self.optimizer).__name__:
-            logger.warning("the optimizer was %s; its state starts anew", state["optimizer"])
-            return
-        self._load_optimizer(reader, state)
+        if fits_optimizer(self.optimizer, state):
+            self._load_optimizer(reader, state)
 
     def _load_optimizer(self, reader: FlatReader, state: dict[str, Any]) -> None:
         own = self.optimizer.state_dict()
@@ -172,12 +160,3 @@ class SingleDevice:
 
     def close(self) -> None:
         """Nothing outlives the run."""
-
-    def _buffers(self) -> dict[str, Tensor]:
-        parameters = dict(self.module.named_parameters(remove_duplicate=False))
-        everything = self.module.state_dict(keep_vars=True)
-        return {
-            name: value
-            for name, value in everything.items()
-            if isinstance(value, Tensor) and name not in parameters
-        }
